@@ -1,0 +1,1 @@
+"""SwitchBank: language models whose layers share one bank of feed-forward experts, and the parts to train them."""

@@ -1,0 +1,48 @@
+"""A run's saved state: one file, whole or not there, whose checksum is read before anything else of it."""
+
+import hashlib
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MAGIC = b"switchbank checkpoint 1\n"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be used; the message says why and what to do."""
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Writes `state` (tensors, numbers, strings, dicts, lists) to `path`, which holds the old or the new one at any
+    moment; the old one stays beside it as `<name>.previous`."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    payload = buffer.getbuffer()
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n")
+        file.write(payload)
+        file.flush()
+        os.fsync(file.fileno())
+    if path.exists():
+        os.replace(path, path.with_name(path.name + ".previous"))
+    os.replace(temporary, path)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The state saved at `path`, on the CPU. Raises CheckpointError if it is missing, damaged or of another kind.
+    Nothing in the file can run code: torch loads it with `weights_only`."""
+    if not path.exists():
+        raise CheckpointError(f"there is no checkpoint {path}: start the run without --run.resume")
+    content = path.read_bytes()
+    header = len(MAGIC) + 65
+    previous = path.with_name(path.name + ".previous")
+    advice = f"; the one before it is {previous}: rename it to {path.name} to resume there" if previous.exists() else ""
+    if not content.startswith(MAGIC):
+        raise CheckpointError(f"{path} is not a SwitchBank checkpoint{advice}")
+    if hashlib.sha256(content[header:]).hexdigest().encode() != content[len(MAGIC) : header - 1]:
+        raise CheckpointError(f"{path} is damaged: its checksum does not agree{advice}")
+    return torch.load(io.BytesIO(content[header:]), map_location="cpu", weights_only=True)

@@ -1,0 +1,341 @@
+"""What a run is made of: typed options with units and bounds, the presets, and the checks that need no data.
+
+Defaults are the `record` preset; the other presets say only where they differ. Every step named here belongs to
+`schedule.steps`: `Config.with_steps` rescales them all to another length.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+import torch
+import tyro
+
+
+class ConfigError(ValueError):
+    """An option that cannot work; the message names it, its value and what would do."""
+
+
+class Range(NamedTuple):
+    """Inclusive bounds of a numeric option, for `Annotated`."""
+
+    low: float
+    high: float
+
+
+Count = Annotated[int, Range(1, 10**12)]
+Fraction = Annotated[float, Range(0.0, 1.0)]
+Weight = Annotated[float, Range(0.0, 1e6)]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network and its router; DESIGN's letters are V, L, D, H, E, K, F."""
+
+    vocab_size: Count = 50_257  # V: token ids the data may hold; embedding and head are padded to 128
+    eod_token: Annotated[int, Range(0, 10**9)] = 50_256  # the token that starts every document
+    layers: Annotated[int, Range(1, 512)] = 28  # L
+    width: Count = 896  # D
+    heads: Count = 7  # H: heads of width / heads channels
+    skip_attention: tuple[int, ...] = (11,)  # layers that have no attention
+    tied_layers: Count = 1  # how many consecutive layers share their attention matrices
+    value_embeddings: Annotated[int, Range(0, 64)] = 2  # tables mixed into v in the first and the last layers
+    window: Annotated[int, Range(128, 10**7)] = 3456  # tokens: the longest attention window, reached at the end
+
+    experts: Annotated[int, Range(1, 1024)] = 8  # E
+    top_k: Annotated[int, Range(1, 64)] = 1  # K: experts per token
+    expert_width: Count = 1024  # F
+    shared: bool = True  # one bank for all layers; off: every layer has E experts of its own
+    always_on_expert: bool = False  # one more expert of the same size that every token passes through
+    adapter: Literal["none", "scale_bias", "lora"] = "scale_bias"  # what a layer adds to an expert of the bank
+    lora_rank: Annotated[int, Range(8, 1024)] = 8  # with adapter=lora
+
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    forward_ema: bool = False
+    reverse_ema: Literal["off", "causal", "leaky"] = "causal"  # leaky reads future tokens: only to price the leak
+    reverse_normalized: bool = True  # off: the weights are not divided by their sum but multiplied by 1 - decay
+    forward_decay: Annotated[float, Range(0.01, 0.999)] = 0.85
+    reverse_decay: Annotated[float, Range(0.01, 0.999)] = 0.85
+    reverse_window: Count = 384  # tokens of a document's opening that the reverse EMA sees
+    ema_stride: Count = 28  # layers that share the EMAs of the group's first layer
+    flags: bool = True  # document and position flags among the router's inputs
+    opening_tokens: Count = 64  # length of the opening that one flag marks
+    position_bins: Literal[4, 8, 16] = 8  # one-hot bins of the position in a block of 128
+
+    balance: Literal["none", "aux", "bias"] = "aux"
+    balance_scope: Literal["layer", "bank"] = "layer"  # even loads in each layer, or over the bank's total
+    cv_weight: Weight = 2.15e-3  # on CV²(importance) + CV²(load)
+    entropy_weight: Weight = 2.5e-3  # on the entropy gaps of importance and load
+    z_loss_weight: Weight = 0.0  # on the mean square of the router's logsumexp
+    bias_step: Weight = 1e-3  # γ: how far balance=bias moves a choice bias in one step
+    layer_shape: Literal["peak", "valley", "rising", "falling"] = "peak"
+    layer_peak: Annotated[float, Range(0.01, 0.99)] = 0.475  # where over the depth the peak or valley lies
+    temperature_boost: Annotated[float, Range(-0.99, 100)] = 0.2  # temperature × (1 + boost·shape)
+    balance_boost: Annotated[float, Range(-1, 100)] = 0.5  # balance weights × (1 + boost·shape)
+
+    dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # of activations and matmuls; parameters are float32
+    attention_backend: Literal["auto", "reference", "sdpa", "flex", "flash"] = "auto"
+    bank_backend: Literal["auto", "reference", "grouped"] = "auto"
+
+    @property
+    def padded_vocab(self) -> int:
+        return round_up(self.vocab_size, 128)
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def flag_features(self) -> int:
+        return 3 + self.position_bins if self.flags else 0
+
+    @property
+    def router_features(self) -> int:
+        """Width of the router's input: the token, each EMA, the flags."""
+        return self.width * (1 + self.forward_ema + (self.reverse_ema != "off")) + self.flag_features
+
+    @property
+    def causal(self) -> bool:
+        return self.reverse_ema != "leaky"
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """What changes over the steps. `second` below is the step that activates the second expert (s₀ in DESIGN)."""
+
+    steps: Count = 1750  # N: the length that every step below belongs to
+    activation: tuple[tuple[int, float], ...] = (
+        (0, 0.125), (75, 0.25), (141, 0.375), (234, 0.5), (338, 0.625), (441, 0.75), (591, 0.875), (695, 1.0),
+    )  # fmt: skip  # (step, share of the experts that is active from there on)
+    temperature_start: Annotated[float, Range(1e-3, 1e3)] = 1.464
+    temperature_end: Annotated[float, Range(1e-3, 1e3)] = 0.93744
+    temperature_steps: Count = 284  # Δ: this many steps after `second` ...
+    temperature_ratio: Annotated[float, Range(0.01, 0.99)] = 0.49  # ... this share of the way is still to go
+    cap_start: Annotated[float, Range(1e-3, 1e6)] = 1.166  # bound on the router's logits in the gate
+    cap_end: Annotated[float, Range(1e-3, 1e6)] = 13.757
+    cap_steps: Count = 237
+    gumbel_windows: tuple[tuple[int, int], ...] = (
+        (75, 441), (459, 488), (534, 722), (900, 909), (1004, 1022), (1097, 1107), (1200, 1209), (1284, 1313), (1472, 1500),
+    )  # fmt: skip  # steps [from, to) whose router choices carry Gumbel noise
+    cooldown: Fraction = 0.65  # last share of the run over which learning rates fall to zero
+    momentum_steps: Count = 300  # Muon's momentum rises over the first steps
+    freeze_adapters_at: int | None = None  # step from which adapters stay as they are
+    prune_at: int | None = None  # step at which experts below `prune_below` are switched off
+    prune_below: Fraction = 0.0  # share of an active expert's fair load over the bank
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    muon: Literal["turbo", "plain"] = "turbo"
+    muon_lr: Weight = 0.025  # attention and expert matrices
+    muon_momentum: tuple[float, float] = (0.85, 0.95)  # from, to
+    muon_dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the orthogonalization
+    embedding_lr: Weight = 0.3  # token and value embeddings
+    head_lr: Weight = 1 / 320
+    router_lr: Weight = 0.095
+    adapter_lr: Weight = 0.03
+    scalar_lr: Weight = 0.015
+    adam_betas: tuple[float, float] = (0.8, 0.95)
+    router_clip_quantile: Fraction = 0.1  # router gradients are clipped to this quantile ...
+    router_clip_history: Count = 250  # ... of their norms over this many steps
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: str = "data/fineweb10B/fineweb_train_*.bin"
+    val: str = "data/fineweb10B/fineweb_val_*.bin"
+    val_tokens: Count = 10_485_760  # the first tokens of the validation split, exactly
+    slice_tokens: Count = 12_288  # T
+    slices_per_step: Count = 8
+    val_slice_tokens: Count = 65_536
+    repeat: bool = False  # may the run read its training data more than once?
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    steps: int | None = None  # length of the run; left out: schedule.steps
+    seconds: float | None = None  # length of the run on the training clock; fixes the steps once, before step 0
+    val_at_seconds: tuple[float, ...] = tuple(range(60, 841, 60))
+    val_at_steps: tuple[int, ...] = ()
+    out: str = ""  # the folder of the run; left out: a new one under runs/
+    seed: Annotated[int, Range(0, 2**31 - 1)] = 0
+    resume: bool = False
+    checkpoint_every: Annotated[int, Range(0, 10**9)] = 0  # steps; 0: only at the end
+    profile: bool = False  # write a trace of a few steps into the run's folder
+    compile: bool = True
+    tokens_per_forward: Count = 98_304  # slices go through the model together up to this many tokens
+    log_every: Count = 25  # steps
+
+
+@dataclass(frozen=True)
+class Config:
+    preset: tyro.conf.Fixed[str] = "record"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def with_steps(self, steps: int) -> "Config":
+        """The same run in another length: every step of the schedule is scaled by steps / schedule.steps.
+
+        The length is a number of steps from here on, so run.seconds, which it may come from, is left out.
+        """
+        old, ratio = self.schedule, steps / self.schedule.steps
+
+        def scale(step: int) -> int:
+            return round(step * ratio)
+
+        def scale_optional(step: int | None) -> int | None:
+            return None if step is None else scale(step)
+
+        schedule = dataclasses.replace(
+            old,
+            steps=steps,
+            activation=tuple((scale(step), share) for step, share in old.activation),
+            temperature_steps=max(1, scale(old.temperature_steps)),
+            cap_steps=max(1, scale(old.cap_steps)),
+            gumbel_windows=tuple((scale(start), scale(end)) for start, end in old.gumbel_windows),
+            momentum_steps=max(1, scale(old.momentum_steps)),
+            freeze_adapters_at=scale_optional(old.freeze_adapters_at),
+            prune_at=scale_optional(old.prune_at),
+        )
+        run = dataclasses.replace(self.run, steps=steps, seconds=None)
+        return dataclasses.replace(self, schedule=schedule, run=run)
+
+    def check(self, world_size: int = 1) -> "Config":
+        """The configuration itself, if it can run on `world_size` processes; otherwise raises ConfigError."""
+        for group in ("model", "schedule", "optim", "data", "run"):
+            _check_bounds(group, getattr(self, group))
+        model, schedule, data, run = self.model, self.schedule, self.data, self.run
+        _require(model.width % model.heads == 0, "model.width", model.width, f"a multiple of model.heads ({model.heads})")
+        _require(model.head_dim % 4 == 0, "model.width / model.heads", model.head_dim, "a multiple of 4 (rotary pairs)")
+        _require(model.top_k <= model.experts, "model.top_k", model.top_k, f"at most model.experts ({model.experts})")
+        _require(model.eod_token < model.vocab_size, "model.eod_token", model.eod_token, "below model.vocab_size")
+        _require(2 * model.value_embeddings <= model.layers or model.layers == 1 and model.value_embeddings <= 1,
+                 "model.value_embeddings", model.value_embeddings, f"at most half of model.layers ({model.layers})")  # fmt: skip
+        _require(all(0 <= layer < model.layers for layer in model.skip_attention),
+                 "model.skip_attention", model.skip_attention, f"layers in 0..{model.layers - 1}")  # fmt: skip
+        _require(model.lora_rank % 8 == 0, "model.lora_rank", model.lora_rank, "a multiple of 8 (grouped_mm's alignment)")
+        _require(data.slice_tokens % 128 == 0, "data.slice_tokens", data.slice_tokens, "a multiple of 128")
+        _require(data.val_slice_tokens % 128 == 0, "data.val_slice_tokens", data.val_slice_tokens, "a multiple of 128")
+        _require(data.slices_per_step % world_size == 0, "data.slices_per_step", data.slices_per_step,
+                 f"a multiple of the number of processes ({world_size}), which share a step's slices")  # fmt: skip
+        _require(schedule.activation[:1] != () and schedule.activation[0][0] == 0,
+                 "schedule.activation", schedule.activation, "a list of (step, share of the experts) that starts at step 0")  # fmt: skip
+        steps, shares = zip(*schedule.activation, strict=True)
+        _require(list(steps) == sorted(steps) and list(shares) == sorted(shares) and 0 < shares[0] and shares[-1] == 1,
+                 "schedule.activation", schedule.activation, "rising steps with shares that rise from above 0 to 1")  # fmt: skip
+        _require(all(0 <= start <= end for start, end in schedule.gumbel_windows),
+                 "schedule.gumbel_windows", schedule.gumbel_windows, "pairs with from <= to")  # fmt: skip
+        _require(run.steps is None or run.steps >= 1, "run.steps", run.steps, "at least 1")
+        _require(run.seconds is None or 0 < run.seconds < math.inf, "run.seconds", run.seconds, "above 0 and finite")
+        _require(run.steps is None or run.seconds is None, "run.seconds", run.seconds, "left out when run.steps is given")
+        _require(all(at > 0 for at in run.val_at_seconds), "run.val_at_seconds", run.val_at_seconds, "each above 0")
+        _require(all(at >= 0 for at in run.val_at_steps), "run.val_at_steps", run.val_at_steps, "each at least 0")
+        for option in ("freeze_adapters_at", "prune_at"):
+            step = getattr(schedule, option)
+            _require(step is None or step >= 0, f"schedule.{option}", step, "at least 0")
+        for option in ("muon_momentum", "adam_betas"):
+            pair = getattr(self.optim, option)
+            _require(all(0 <= share < 1 for share in pair), f"optim.{option}", pair, "two numbers from 0 to below 1")
+        return self
+
+
+def round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+# Read once: compiled code may not ask.
+CPU_MULTIPLIES_BFLOAT16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The torch dtype of an option; "auto" is bfloat16 where the device multiplies it natively, else float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    return torch.bfloat16 if device.type == "cuda" or CPU_MULTIPLIES_BFLOAT16 else torch.float32
+
+
+def _require(holds: bool, option: str, value: Any, must_be: str) -> None:
+    if not holds:
+        raise ConfigError(f"{option} is {value}: it must be {must_be}")
+
+
+def _check_bounds(group: str, config: Any) -> None:
+    for name, hint in get_type_hints(type(config), include_extras=True).items():
+        value = getattr(config, name)
+        if get_origin(hint) is Literal:
+            _require(value in get_args(hint), f"{group}.{name}", value, f"one of {', '.join(map(str, get_args(hint)))}")
+        for bound in getattr(hint, "__metadata__", ()):
+            if isinstance(bound, Range):
+                _require(bound.low <= value <= bound.high, f"{group}.{name}", value, f"in {bound.low:g}..{bound.high:g}")
+
+
+def parse(arguments: list[str], default_preset: str) -> Config:
+    """The configuration of a command line `[PRESET] [--group.option VALUE ...]`; exits with code 2 if it is wrong."""
+    preset = default_preset
+    if arguments and not arguments[0].startswith("-"):
+        preset, arguments = arguments[0], arguments[1:]
+    if preset not in presets:
+        raise ConfigError(f"there is no preset {preset!r}: choose one of {', '.join(presets)}")
+    config = tyro.cli(Config, default=presets[preset], args=arguments, prog=f"train_switch_bank.py {preset}")
+    # A length given by hand replaces the preset's own way of giving it.
+    given, own = config.run, presets[preset].run
+    if given.steps is not None and given.seconds is not None and given.seconds == own.seconds:
+        config = dataclasses.replace(config, run=dataclasses.replace(given, seconds=None))
+    return config
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """A Config from what `dataclasses.asdict` and JSON made of one; raises ConfigError at a name it does not know."""
+
+    def build(cls: type, given: dict[str, Any], path: str) -> Any:
+        hints = get_type_hints(cls)
+        if unknown := set(given) - set(hints):
+            raise ConfigError(f"unknown option {path}{sorted(unknown)[0]} in the saved configuration")
+        return cls(**{name: tuples(value) for name, value in given.items()})
+
+    def tuples(value: Any) -> Any:
+        return tuple(tuples(item) for item in value) if isinstance(value, list) else value
+
+    groups = {"model": ModelConfig, "schedule": ScheduleConfig, "optim": OptimConfig, "data": DataConfig, "run": RunConfig}
+    if unknown := set(values) - set(groups) - {"preset"}:
+        raise ConfigError(f"unknown group {sorted(unknown)[0]} in the saved configuration")
+    parts = {name: build(cls, values.get(name, {}), f"{name}.") for name, cls in groups.items()}
+    return Config(preset=values.get("preset", "record"), **parts)
+
+
+_nano = Config(
+    preset="nano",
+    model=ModelConfig(
+        vocab_size=2048, eod_token=0, layers=4, width=128, heads=2, skip_attention=(), window=256,
+        experts=16, expert_width=256, ema_stride=4,
+    ),
+    schedule=ScheduleConfig(
+        steps=2000, activation=((0, 0.125), (50, 1.0)), gumbel_windows=((50, 600),),
+        temperature_start=1.4, temperature_end=0.9, temperature_steps=400, temperature_ratio=0.5,
+        cap_start=2.0, cap_end=12.0, cap_steps=300,
+    ),
+    data=DataConfig(
+        train="data/local/train_*.bin", val="data/local/val_*.bin",
+        val_tokens=131_072, slice_tokens=256, slices_per_step=16, val_slice_tokens=256, repeat=True,
+    ),
+    run=RunConfig(seconds=200, val_at_seconds=(30, 60, 120, 180), tokens_per_forward=16_384),
+)  # fmt: skip
+
+presets: dict[str, Config] = {
+    "record": Config(),
+    "small": Config(
+        preset="small",
+        model=ModelConfig(layers=16, width=768, heads=6, skip_attention=(), window=2048, experts=16, ema_stride=16),
+        schedule=ScheduleConfig(
+            steps=465, activation=((0, 0.0625), (20, 0.125), (40, 0.25), (80, 0.5), (140, 1.0)), gumbel_windows=((20, 140),),
+            temperature_steps=75, cap_steps=63, momentum_steps=80,
+        ),
+        data=DataConfig(val_tokens=1_048_576, slice_tokens=8192, slices_per_step=8, val_slice_tokens=16_384, repeat=True),
+        run=RunConfig(seconds=180, val_at_seconds=(60, 120, 180), log_every=10),
+    ),
+    "nano": _nano,
+}  # fmt: skip

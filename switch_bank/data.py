@@ -1,0 +1,268 @@
+"""Token shards on disk, and the stream that training and validation read from them.
+
+A step's tokens depend on nothing but the files and the step, so a run reads the same text on any number of processes
+and picks up after a kill by asking for its next step.
+"""
+
+import glob
+import hashlib
+import os
+from bisect import bisect_right
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import torch
+
+MAGIC = 20240520
+VERSION = 1
+HEADER = np.dtype(("<i4", 256))
+TOKEN = np.dtype("<u2")
+SLICE_MULTIPLE = 128  # attention blocks, router position bins and EMA blocks are all cut at 128 tokens
+IGNORED_TARGET = -100  # torch.nn.functional.cross_entropy leaves these targets out
+SCAN_BYTES = 4 << 20
+
+
+class DataError(ValueError):
+    """Data that cannot be trained on. One line: what is wrong, in which file, what to do."""
+
+
+def write_shard(path: str | Path, tokens: np.ndarray) -> None:
+    """Write `tokens` (1-D, integers below 65,536) as one shard: 256 little-endian int32 of header (magic, version,
+    token count, zeros), then uint16 tokens. The file appears whole or not at all.
+
+    Raises DataError for an empty array or a token that does not fit uint16.
+    """
+    path = Path(path)
+    if tokens.ndim != 1 or len(tokens) == 0:
+        raise DataError(f"{path}: a shard is a non-empty row of tokens, not an array of shape {tokens.shape}")
+    if tokens.min() < 0 or tokens.max() > np.iinfo(TOKEN).max:
+        worst = tokens.min() if tokens.min() < 0 else tokens.max()
+        raise DataError(f"{path}: token {worst} does not fit uint16; use a vocabulary of at most 65,536 tokens")
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = MAGIC, VERSION, len(tokens)
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        file.write(header.tobytes())
+        file.write(tokens.astype(TOKEN).tobytes())
+    os.replace(part, path)
+
+
+def read_header(path: str | Path) -> int:
+    """Number of tokens in the shard at `path`, after checking that it is one and that it is all there.
+
+    Raises DataError for a wrong magic number or version, and for a file length that disagrees with the header.
+    """
+    with open(path, "rb") as file:
+        raw = file.read(HEADER.itemsize)
+        size = os.fstat(file.fileno()).st_size
+    if len(raw) < HEADER.itemsize:
+        raise DataError(f"{path}: {size} bytes is shorter than a shard's header; fetch or make the file again")
+    magic, version, count = (int(number) for number in np.frombuffer(raw, dtype="<i4", count=3))
+    if magic != MAGIC:
+        raise DataError(f"{path}: magic number {magic}, not {MAGIC}: no token shard; leave it out of the pattern")
+    if version != VERSION:
+        raise DataError(f"{path}: shard version {version}, only {VERSION} can be read; make the file again")
+    expected = HEADER.itemsize + count * TOKEN.itemsize
+    if count < 1 or size != expected:
+        raise DataError(
+            f"{path}: the header says {count} tokens ({expected} bytes) but the file has {size} bytes; "
+            "fetch or make the file again"
+        )
+    return count
+
+
+def _scan(path: str, vocab_size: int) -> str:
+    """sha256 of the whole file in hex; raises DataError at the first token that the vocabulary does not have."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(SCAN_BYTES))
+    position = 0
+    with open(path, "rb") as file:
+        digest.update(file.read(HEADER.itemsize))
+        while size := file.readinto(buffer):
+            digest.update(buffer[:size])
+            tokens = np.frombuffer(buffer[:size], dtype=TOKEN)
+            if tokens.max() >= vocab_size:
+                offset = int(np.argmax(tokens >= vocab_size))
+                raise DataError(
+                    f"{path}: token {tokens[offset]} at position {position + offset} is outside the vocabulary of "
+                    f"{vocab_size} tokens; train with the vocabulary that made the file, or make the file again"
+                )
+            position += len(tokens)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The files of one split, in name order, read as one row of tokens."""
+
+    paths: list[str]
+    lengths: list[int]  # tokens in each file
+    sha256: list[str]  # of each whole file, header included, in hex
+    tokens: list[np.ndarray]  # memory maps, uint16
+    starts: list[int]  # stream position of each file's first token
+    total: int  # tokens in all files
+
+    @classmethod
+    def open(cls, pattern: str, vocab_size: int) -> "Shards":
+        """Check and open the files that match the glob `pattern`. Every file is read whole once, several at a time.
+
+        Raises DataError when nothing matches, when a file is no shard or is cut short, and when a token is
+        `vocab_size` or more.
+        """
+        paths = sorted(glob.glob(pattern, recursive=True))
+        if not paths:
+            raise DataError(
+                f"no file matches {pattern}; make shards with data/local_text.py, "
+                "or fetch FineWeb with data/cached_fineweb10B.py"
+            )
+        lengths = [read_header(path) for path in paths]
+        with ThreadPoolExecutor(min(len(paths), os.cpu_count() or 1)) as pool:
+            sha256 = list(pool.map(_scan, paths, [vocab_size] * len(paths)))
+        tokens: list[np.ndarray] = [
+            np.memmap(path, dtype=TOKEN, mode="r", offset=HEADER.itemsize, shape=(length,))
+            for path, length in zip(paths, lengths, strict=True)
+        ]
+        starts = [0, *accumulate(lengths)]
+        return cls(paths, lengths, sha256, tokens, starts[:-1], starts[-1])
+
+    def summary(self) -> list[tuple[str, int, str]]:
+        """Path, tokens and sha256 of each file."""
+        return list(zip(self.paths, self.lengths, self.sha256, strict=True))
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens `start .. start + count - 1` of the endless stream (uint16 [count]): after the last file comes the
+        first again, and `start` may lie any number of rounds ahead."""
+        start %= self.total
+        file = bisect_right(self.starts, start) - 1
+        offset = start - self.starts[file]
+        out = np.empty(count, dtype=TOKEN)
+        filled = 0
+        while filled < count:
+            piece = self.tokens[file][offset : offset + count - filled]
+            out[filled : filled + len(piece)] = piece
+            filled += len(piece)
+            file, offset = (file + 1) % len(self.tokens), 0
+        return out
+
+
+def _check_slice(slice_tokens: int) -> None:
+    if slice_tokens < 1 or slice_tokens % SLICE_MULTIPLE:
+        raise DataError(f"a slice of {slice_tokens} tokens is not a multiple of {SLICE_MULTIPLE}; choose one that is")
+
+
+class TokenStream:
+    """Training batches: step n reads `slices_per_step * slice_tokens` tokens in a row from stream position
+    `n * slices_per_step * slice_tokens`, and slice i of the step belongs to process i mod `world_size`.
+
+    `batch(step)` is a pure function of the step. While the caller works on a step, a background thread reads the next
+    one (into pinned memory for a CUDA device). `steps_in_one_epoch` is the number of steps, targets included, before
+    the stream starts over.
+
+    Raises DataError when a slice is no multiple of 128 tokens or the processes cannot share a step evenly.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        slice_tokens: int,
+        slices_per_step: int,
+        rank: int,
+        world_size: int,
+        device: torch.device | str,
+    ) -> None:
+        _check_slice(slice_tokens)
+        if slices_per_step < 1 or slices_per_step % world_size:
+            raise DataError(
+                f"{world_size} processes cannot share {slices_per_step} slices a step evenly; "
+                "choose a number of slices that the number of processes divides"
+            )
+        self.shards = shards
+        self.slice_tokens = slice_tokens
+        self.slices_per_step = slices_per_step
+        self.rank = rank
+        self.world_size = world_size
+        self.device = torch.device(device)
+        self.step_tokens = slices_per_step * slice_tokens
+        self.steps_in_one_epoch = (shards.total - 1) // self.step_tokens
+        self._pinned = self.device.type == "cuda"
+        if self._pinned and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        self._reader = ThreadPoolExecutor(1, "token-stream", self._enter_thread)
+        self._ahead: tuple[int, Future[torch.Tensor]] | None = None
+
+    def _enter_thread(self) -> None:
+        if self._pinned:  # a new thread is on GPU 0, and pinning memory there would open a context on it
+            torch.cuda.set_device(self.device)
+
+    def _read(self, step: int) -> torch.Tensor:
+        """int64 [2, slices of this process, slice_tokens]: inputs and targets, in host memory."""
+        mine = range(self.rank, self.slices_per_step, self.world_size)
+        pair = torch.empty(2, len(mine), self.slice_tokens, dtype=torch.int64, pin_memory=self._pinned)
+        for row, index in enumerate(mine):
+            start = step * self.step_tokens + index * self.slice_tokens
+            tokens = torch.from_numpy(self.shards.read(start, self.slice_tokens + 1).astype(np.int64))
+            pair[0, row] = tokens[:-1]
+            pair[1, row] = tokens[1:]
+        return pair
+
+    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets of this process in `step`, both int64 [slices of this process, slice_tokens] on the
+        device, and start reading step + 1. What went wrong while reading is raised here, for the step asked for."""
+        if self._ahead is None or self._ahead[0] != step:
+            self._ahead = step, self._reader.submit(self._read, step)
+        pair = self._ahead[1].result()
+        self._ahead = step + 1, self._reader.submit(self._read, step + 1)
+        # The copy runs on the caller's CUDA stream: whatever the caller does next with it is in order.
+        inputs, targets = pair.to(self.device, non_blocking=True)
+        return inputs, targets
+
+    def epoch(self, step: int) -> int:
+        """How many times the stream has started over before the first token of `step`."""
+        return step * self.step_tokens // self.shards.total
+
+
+def validation_batches(
+    shards: Shards,
+    val_tokens: int,
+    slice_tokens: int,
+    slices_per_batch: int,
+    rank: int,
+    world_size: int,
+    eod_token: int,
+    device: torch.device | str,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The first `val_tokens` tokens of the shards, each the input of exactly one prediction over all processes.
+
+    They are cut in order into slices; slice i goes to process i mod `world_size`. Every process gets the same number
+    of batches of inputs and targets, both int64 [slices_per_batch, slice_tokens] on the device. A short last slice,
+    and slices that only fill up a batch, have `eod_token` as input and `IGNORED_TARGET` as target.
+
+    Raises DataError when a slice is no multiple of 128 tokens, or the shards hold fewer than `val_tokens` + 1 tokens.
+    """
+    _check_slice(slice_tokens)
+    if val_tokens < 1 or shards.total < val_tokens + 1:
+        raise DataError(
+            f"validating {val_tokens} tokens reads {val_tokens + 1}, but {shards.paths[0]} and the "
+            f"{len(shards.paths) - 1} files after it hold {shards.total}; ask for 1 to {shards.total - 1} tokens"
+        )
+    slices = -(-val_tokens // slice_tokens)
+    batches = -(-slices // (slices_per_batch * world_size))
+
+    def read_batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for batch in range(batches):
+            inputs = np.full((slices_per_batch, slice_tokens), eod_token, dtype=np.int64)
+            targets = np.full((slices_per_batch, slice_tokens), IGNORED_TARGET, dtype=np.int64)
+            for row in range(slices_per_batch):
+                start = ((batch * slices_per_batch + row) * world_size + rank) * slice_tokens
+                count = min(slice_tokens, val_tokens - start)
+                if count > 0:
+                    tokens = shards.read(start, count + 1)
+                    inputs[row, :count] = tokens[:-1]
+                    targets[row, :count] = tokens[1:]
+            yield torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device)
+
+    return read_batches()

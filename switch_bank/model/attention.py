@@ -1,0 +1,61 @@
+"""Softmax attention of a block: per-head RMS norm, half-truncated rotary, value embeddings, document and window mask."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from switch_bank.config import ModelConfig
+from switch_bank.ops.attention import attention
+
+SCALE = 0.12  # of the scores; q and k are normed, so it does not depend on the head's width
+
+
+class Attention(nn.Module):
+    """The matrices of one layer: qkvo [4, D, D], each (out, in); the output matrix starts at zero."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        bound = 0.5 * (3 / config.width) ** 0.5
+        self.qkvo = nn.Parameter(torch.empty(4, config.width, config.width).uniform_(-bound, bound))
+        with torch.no_grad():
+            self.qkvo[3].zero_()
+
+
+def self_attention(
+    qkvo: Tensor, n: Tensor, heads: int, rotary: tuple[Tensor, Tensor], value_embedding: Tensor | None, mix: Tensor,
+    backend: str, mask: Any,
+) -> Tensor:  # fmt: skip
+    """n: [B, T, D]; value_embedding: [B, T, D] or None; mix: [2], the weights of v and of the value embedding."""
+    shape = (*n.shape[:2], heads, n.shape[2] // heads)
+    weight = qkvo.to(n.dtype)
+    query, key, value = F.linear(n, weight[:3].flatten(0, 1)).chunk(3, dim=-1)
+    query = rotate(rms_norm(query.view(shape)), rotary)
+    key = rotate(rms_norm(key.view(shape)), rotary)
+    value = mix[0] * value
+    if value_embedding is not None:
+        value = value + mix[1] * value_embedding
+    y = attention(backend, query, key, value.view(shape), mask, SCALE)
+    return F.linear(y.flatten(2), weight[3])
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],))
+
+
+def rotary_tables(position: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin, [B, T, 1, head_dim / 2] each, of document positions [B, T]. The second half of the frequencies
+    is zero ("half-truncated"): those channels carry content only."""
+    turning = head_dim // 4
+    exponent = torch.linspace(0, 1, turning, device=position.device, dtype=torch.float64 if dtype == torch.float64 else None)
+    frequency = F.pad((1 / 1024) ** exponent, (0, head_dim // 2 - turning))
+    angle = position[..., None, None] * frequency
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary embedding (Su et al., arXiv 2104.09864) of x [B, T, H, d], pairing channel i with i + d/2."""
+    cos, sin = rotary
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1)

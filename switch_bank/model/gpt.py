@@ -1,0 +1,218 @@
+"""SwitchBankGPT: the language model whose layers share one bank of experts."""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from switch_bank.config import ModelConfig, compute_dtype
+from switch_bank.model.attention import Attention, rms_norm, rotary_tables, self_attention
+from switch_bank.model.bank import Bank, Experts
+from switch_bank.model.features import Documents, documents_of, ema_features
+from switch_bank.model.router import RouterOfLayer, Routers, Routing
+from switch_bank.ops.attention import build_mask, choose_backend
+from switch_bank.ops.noise import gumbel
+from switch_bank.schedules import StepState
+
+SKIPS = {9: 6, 10: 4, 11: 2}  # U-net skips: layer -> the earlier layer whose output it gets
+IGNORE = -100  # target that no loss is taken of
+
+
+PARTS = ("begin", "attend", "context", "noise", "route", "dense", "losses")  # of the forward, each compiled by itself
+
+
+class Start(NamedTuple):
+    """What a forward knows before its first layer."""
+
+    x0: Tensor  # [B, T, D]: the normed embedding
+    value_embeddings: list[Tensor]  # [B, T, D] each
+    documents: Documents
+    rotary: tuple[Tensor, Tensor]
+    long_mask: Any  # of ops.attention.build_mask
+    short_mask: Any
+    active: Tensor  # [E] bool: the experts that may be chosen
+
+
+class Output(NamedTuple):
+    """What a forward with targets returns."""
+
+    loss: Tensor  # 0-dim float32: mean cross-entropy, plus the auxiliary loss in training
+    cross_entropy: Tensor  # 0-dim float32, detached: mean over the targets
+    token_losses: Tensor  # [B, T] float32, detached; 0 at ignored targets
+    pick_counts: Tensor  # [L, E] float32: how often the tokens that have a target picked each expert
+    margins: Tensor  # [B, T] float32: least distance over the layers between the last pick and the next best; inf in training
+
+
+class SwitchBankGPT(nn.Module):
+    """Parameters are float32, activations of `config.dtype`. Builds on any device, meta included."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.padded_vocab, config.width)
+        self.value_embeddings = nn.ModuleList(
+            nn.Embedding(config.vocab_size, config.width) for _ in range(config.value_embeddings)
+        )
+        groups = sorted({i // config.tied_layers for i in range(config.layers) if i not in config.skip_attention})
+        self.attention = nn.ModuleDict({str(group): Attention(config) for group in groups})
+        self.routers = Routers(config) if config.experts > 1 else None  # one expert leaves nothing to choose
+        self.bank = Bank(config)
+        # A layer's scalars: weight of its U-net skip, λ₀ of x, λ₁ of x⁰, weights of v and of the value embedding.
+        self.scalars = nn.Parameter(torch.tensor([1.0, 1.0, 0.0, 0.5, 0.5]).repeat(config.layers, 1))
+        self.head = nn.Parameter(torch.zeros(config.padded_vocab, config.width))
+
+    @property
+    def attention_backend(self) -> str:
+        return choose_backend(self.config.attention_backend, self.head.device)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        state: StepState,
+        slices: Tensor | None = None,
+        seed: Tensor | None = None,
+        window: int | None = None,
+    ) -> Output:
+        """tokens, targets: [B, T] int64. Gumbel noise is drawn where a seed (0-dim int64) is given, for slices [B]
+        int64 of the step. `window` in tokens replaces state.window for attention kernels that take a Python int."""
+        hidden, routings, active = self.trunk(tokens, state, slices, seed, window)
+        return self.losses(hidden, targets, routings, active)
+
+    def compile(self) -> None:  # type: ignore[override]
+        """Compiles the parts of the forward, each without a graph break. What differs between layers reaches a part
+        as tensors, so that the graphs, and the time it takes to compile them, do not grow with the layers."""
+        for part in PARTS:
+            setattr(self, part, torch.compile(getattr(self, part), fullgraph=True, dynamic=False))
+
+    def trunk(
+        self,
+        tokens: Tensor,
+        state: StepState,
+        slices: Tensor | None = None,
+        seed: Tensor | None = None,
+        window: int | None = None,
+    ) -> tuple[Tensor, list[Routing], Tensor]:
+        """The output of the last block [B, T, D], each layer's routes, and the active experts [E] bool."""
+        config = self.config
+        start = self.begin(tokens, state, window)
+        x = start.x0
+        bank, scalars = self.bank.of_layers(), self.scalars.unbind()
+        routers = None if self.routers is None else self.routers.of_layers()
+        layer_index = torch.arange(config.layers, device=tokens.device).unbind()
+        noise = None
+        if self.training and routers is not None:
+            noise = torch.zeros(*tokens.shape, config.experts, device=tokens.device)  # a step without noise adds this
+        outputs: list[Tensor] = []
+        routings: list[Routing] = []
+        context: tuple[Tensor, ...] = ()
+        for layer in range(config.layers):
+            skip = outputs[SKIPS[layer]] if layer in SKIPS else None
+            attends = layer not in config.skip_attention
+            qkvo = self.attention[str(layer // config.tied_layers)].qkvo if attends else None
+            mask = start.long_mask if layer % 4 == 3 else start.short_mask
+            value_embedding = self._value_embedding(layer, start) if attends else None
+            x, n = self.attend(x, start.x0, skip, scalars[layer], qkvo, value_embedding, start.rotary, mask)
+            if routers is None:
+                x = self.dense(x, n, bank[layer])
+            else:
+                if layer % config.ema_stride == 0:
+                    group = routers[layer : layer + config.ema_stride]
+                    context = self.context(n, start.documents, tuple(router.weight for router in group))
+                if seed is not None and slices is not None:
+                    noise = self.noise(seed, state, slices, tokens.shape[1], layer_index[layer])
+                of_layer = context[layer % config.ema_stride] if context else None
+                x, routing = self.route(x, n, routers[layer], bank[layer], of_layer, state, start.active, noise)
+                routings.append(routing)
+            outputs.append(x)
+        return x, routings, start.active
+
+    # ---- the parts that are compiled ------------------------------------------------------------------------------
+
+    def begin(self, tokens: Tensor, state: StepState, window: int | None) -> Start:
+        """All that depends on the tokens and the step alone."""
+        config, backend = self.config, self.attention_backend
+        dtype = compute_dtype(config.dtype, tokens.device)
+        documents = documents_of(tokens, config)
+        long_window = state.window if window is None else window
+        short_window = torch.div(long_window, 2, rounding_mode="floor") if window is None else window // 2
+        return Start(
+            x0=rms_norm(self.embedding(tokens).to(dtype)),
+            value_embeddings=[table(tokens).to(dtype) for table in self.value_embeddings],
+            documents=documents,
+            rotary=rotary_tables(documents.position, config.head_dim, dtype),
+            long_mask=build_mask(backend, documents.document, long_window),
+            short_mask=build_mask(backend, documents.document, short_window),
+            active=(state.active_experts > 0).view(1) if self.routers is None else self.routers.active(state),
+        )
+
+    def attend(
+        self, x: Tensor, x0: Tensor, skip: Tensor | None, scalars: Tensor, qkvo: Tensor | None,
+        value_embedding: Tensor | None, rotary: tuple[Tensor, Tensor], mask: Any,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """A block up to its attention. Returns x [B, T, D] and its norm, the bank's input."""
+        scalars = scalars.to(x.dtype)
+        if skip is not None:
+            x = x + scalars[0] * skip
+        x = scalars[1] * x + scalars[2] * x0
+        if qkvo is not None:
+            heads, backend = self.config.heads, self.attention_backend
+            x = x + self_attention(qkvo, rms_norm(x), heads, rotary, value_embedding, scalars[3:], backend, mask)
+        return x, rms_norm(x)
+
+    def context(self, n: Tensor, documents: Documents, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What EMAs and flags add to the logits of each layer of a group, [B, T, E]; n is its first layer's bank input,
+        weights are its routers'. Empty where the routers see the token alone."""
+        assert self.routers is not None
+        features = ema_features(n, documents, self.config)
+        if documents.flags is not None:
+            features.append(documents.flags.to(torch.float64 if n.dtype == torch.float64 else torch.float32))
+        return self.routers.context_logits(features, weights)
+
+    def noise(self, seed: Tensor, state: StepState, slices: Tensor, tokens: int, layer: Tensor) -> Tensor:
+        """The Gumbel noise of one layer's choices, [B, tokens, E]."""
+        return gumbel(seed, state.step, slices, tokens, layer, self.config.experts)
+
+    def route(
+        self, x: Tensor, n: Tensor, router: RouterOfLayer, experts: Experts, context: Tensor | None, state: StepState,
+        active: Tensor, noise: Tensor | None,
+    ) -> tuple[Tensor, Routing]:  # fmt: skip
+        """A block from its router on: x plus the bank's output, and the routes."""
+        assert self.routers is not None
+        routing = self.routers(router, n, context, state, active, noise)
+        return x + self.bank(experts, n, routing.experts, routing.gates), routing
+
+    def dense(self, x: Tensor, n: Tensor, experts: Experts) -> Tensor:
+        """`route` for a bank of one expert, which leaves nothing to choose."""
+        one = torch.zeros_like(n[..., :1])
+        return x + self.bank(experts, n, one.long(), one + 1)
+
+    def losses(self, x: Tensor, targets: Tensor, routings: list[Routing], active: Tensor) -> Output:
+        """From the last block's output to the losses."""
+        logits = self.logits(x).float()
+        token_losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
+        counted = targets != IGNORE
+        cross_entropy = token_losses.sum() / counted.sum().clamp(min=1)
+        loss = cross_entropy
+        pick_counts = torch.zeros(self.config.layers, self.config.experts, device=targets.device)
+        margins = torch.full_like(token_losses, torch.inf).view_as(targets)
+        if self.routers is not None:
+            pick_counts = torch.stack([self.routers.pick_counts(r, active, counted) for r in routings])
+            if self.training:
+                loss = loss + self.routers.auxiliary_loss(routings, active)
+            else:
+                margins = torch.stack([self.routers.margin(r) for r in routings]).amin(0)
+        return Output(loss, cross_entropy.detach(), token_losses.detach().view_as(targets), pick_counts, margins)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The last block's output [..., D] -> [..., padded vocabulary], softly capped at ±15."""
+        z = F.linear(rms_norm(x), self.head.to(x.dtype))
+        return 15 * z * torch.rsqrt(z.square() + 225)
+
+    def _value_embedding(self, layer: int, start: Start) -> Tensor | None:
+        """Table i serves layer i of the first and of the last layers."""
+        count, layers = self.config.value_embeddings, self.config.layers
+        if layer < count:
+            return start.value_embeddings[layer]
+        return start.value_embeddings[layer - (layers - count)] if layer >= layers - count else None

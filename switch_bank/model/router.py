@@ -1,0 +1,166 @@
+"""Routers: which experts a token goes to, with what gate, and what uneven loads cost."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from switch_bank.config import ModelConfig
+from switch_bank.schedules import StepState, layer_shape
+
+
+class Routing(NamedTuple):
+    """One layer's routes."""
+
+    experts: Tensor  # [B, T, K] int64
+    gates: Tensor  # [B, T, K] router dtype; 0 for a pick beyond the active experts
+    probabilities: Tensor  # [B, T, E] router dtype; softmax or sigmoid of the capped logits, 0 for inactive experts
+    logits: Tensor  # [B, T, E] before noise, temperature and cap
+    choice: Tensor  # [B, T, E] the values that the top-K was taken of, -inf for inactive experts
+
+
+class RouterOfLayer(NamedTuple):
+    """What tells one layer's router from another's, as tensors: one compiled graph serves all layers."""
+
+    weight: Tensor  # [E, router_features]
+    bias: Tensor  # [E]
+    balance_bias: Tensor  # [E]
+    temperature_factor: Tensor  # 0-dim
+
+
+class Routers(nn.Module):
+    """The routers of all layers, in stacked tensors: weight [L, E, router_features], bias [L, E]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.layers, config.experts, config.router_features))
+        self.bias = nn.Parameter(torch.zeros(config.layers, config.experts))
+        nn.init.normal_(self.weight, std=0.02)
+        # What balance="bias" adds to the choice, and which experts were pruned: state, not parameters.
+        self.balance_bias: Tensor
+        self.register_buffer("balance_bias", torch.zeros(config.layers, config.experts))
+        self.pruned: Tensor
+        self.register_buffer("pruned", torch.zeros(config.experts, dtype=torch.bool))
+        self.shape: Tensor
+        self.register_buffer("shape", torch.tensor(layer_shape(config), dtype=torch.float32))
+
+    def of_layers(self) -> list[RouterOfLayer]:
+        """One RouterOfLayer a layer; unbound together, so that their gradients are stacked once, not added up."""
+        factors = 1 + self.config.temperature_boost * self.shape
+        rows = zip(self.weight.unbind(), self.bias.unbind(), self.balance_bias.unbind(), factors.unbind(), strict=True)
+        return [RouterOfLayer(*row) for row in rows]
+
+    def active(self, state: StepState) -> Tensor:
+        """[E] bool: the experts that may be chosen."""
+        return (torch.arange(self.config.experts, device=self.pruned.device) < state.active_experts) & ~self.pruned
+
+    def context_logits(self, features: list[Tensor], weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What EMAs and flags, each [B, T, ·], add to the logits of several layers, in one product for all of them.
+
+        weights: [E, router_features] of each layer; returns [B, T, E] for each layer, or nothing without features.
+        """
+        if not features:
+            return ()
+        stacked, at, logits = torch.cat(weights), self.config.width, torch.zeros((), device=weights[0].device)
+        for feature in features:
+            weight = stacked[:, at : at + feature.shape[-1]]
+            logits = logits + F.linear(feature, weight.to(feature.dtype))
+            at += feature.shape[-1]
+        return logits.split(self.config.experts, dim=-1)
+
+    def forward(
+        self, router: RouterOfLayer, n: Tensor, context: Tensor | None, state: StepState, active: Tensor, noise: Tensor | None
+    ) -> Routing:
+        """n: [B, T, D], the bank's input; context: [B, T, E] of `context_logits`; noise: [B, T, E] or None."""
+        config = self.config
+        n = n if n.dtype == torch.float64 else n.float()
+        logits = F.linear(n, router.weight[:, : config.width].to(n.dtype), router.bias.to(n.dtype))
+        if context is not None:
+            logits = logits + context
+        noisy = logits if noise is None else logits + noise
+        values = noisy / (state.temperature * router.temperature_factor)
+        choice = values + router.balance_bias if config.balance == "bias" else values
+        choice = choice.masked_fill(~active, -torch.inf)
+        experts = choice.topk(config.top_k, dim=-1).indices
+        # Chosen by the values, weighed by the capped ones: at a low cap many tie, and a tie would go to the lower index.
+        capped = torch.clamp(values, -state.cap, state.cap)
+        if config.score == "softmax":
+            probabilities = torch.softmax(capped.masked_fill(~active, -torch.inf), dim=-1)
+        else:
+            probabilities = torch.sigmoid(capped) * active
+        return Routing(experts, probabilities.gather(-1, experts), probabilities, logits, choice)
+
+    def margin(self, routing: Routing) -> Tensor:
+        """[B, T] float32: by how much the last pick beats the best expert that was not picked; a rounding error above
+        it would change the route. inf where every active expert is picked."""
+        if self.config.top_k == self.config.experts:
+            return torch.full_like(routing.choice[..., 0], torch.inf)
+        best = routing.choice.topk(self.config.top_k + 1, dim=-1).values
+        return (best[..., -2] - best[..., -1]).nan_to_num(nan=torch.inf, posinf=torch.inf).float()
+
+    def pick_counts(self, routing: Routing, active: Tensor, counted: Tensor) -> Tensor:
+        """[E] float32: how often each expert was picked by the tokens of counted [B, T] bool; inactive picks are none."""
+        picks = F.one_hot(routing.experts, self.config.experts).sum(dim=2) * counted[..., None]
+        return (picks.sum(dim=(0, 1)) * active).float()
+
+    def auxiliary_loss(self, routings: list[Routing], active: Tensor) -> Tensor:
+        """The mean over slices of what balance and z-loss cost, a 0-dim tensor.
+
+        Importance is the mean probability (Shazeer et al., arXiv 1701.06538), load the share of first picks, whose
+        gradient is taken straight through the probabilities.
+        """
+        config = self.config
+        total = torch.zeros((), device=active.device)
+        if config.balance == "aux":
+            importance = torch.stack([routing.probabilities.mean(dim=1) for routing in routings])  # [L, B, E]
+            first = torch.stack([_one_hot_mean(routing.experts[..., 0], config.experts) for routing in routings])
+            load = first + importance - importance.detach()
+            layer_weight = 1 + config.balance_boost * self.shape
+            if config.balance_scope == "bank":
+                importance, load = importance.sum(0, keepdim=True), load.sum(0, keepdim=True)
+                layer_weight = layer_weight.sum(0, keepdim=True)
+            cost = imbalance_cost(importance, active, config) + imbalance_cost(load, active, config)
+            total = total + (layer_weight[:, None] * cost).sum(0).mean()
+        if config.z_loss_weight > 0:
+            for routing in routings:
+                logits = routing.logits.masked_fill(~active, -torch.inf)
+                total = total + config.z_loss_weight * logits.logsumexp(-1).square().mean()
+        return total
+
+    @torch.no_grad()
+    def update_balance_bias(self, pick_counts: Tensor, active: Tensor) -> None:
+        """One step of balance="bias" (Wang et al., arXiv 2408.15664): up by γ below the mean load, down above it.
+
+        pick_counts: [L, E] of the whole step, all processes; active: [E] bool.
+        """
+        if self.config.balance_scope == "bank":
+            pick_counts = pick_counts.sum(0, keepdim=True)
+        mean = (pick_counts * active).sum(-1, keepdim=True) / active.sum()
+        self.balance_bias += self.config.bias_step * torch.sign(mean - pick_counts) * active
+
+    @torch.no_grad()
+    def prune(self, pick_counts: Tensor, below: float, active: Tensor) -> None:
+        """Switches off the active experts whose share of the bank's picks is under `below` of an even share."""
+        counts = pick_counts.sum(0) * active
+        self.pruned |= active & (counts * active.sum() < below * counts.sum())
+
+
+def _one_hot_mean(experts: Tensor, count: int) -> Tensor:
+    return F.one_hot(experts, count).float().mean(dim=1)
+
+
+def imbalance_cost(share: Tensor, active: Tensor, config: ModelConfig) -> Tensor:
+    """cv_weight·CV²(q) + entropy_weight·gap(q), q being `share` [..., E] normalised to 1 over the active experts.
+
+    gap = (log A - H(q)) / log A with A active experts. Both are 0 where at most one expert is active. Returns [...].
+    """
+    share = share * active
+    q = share / share.sum(-1, keepdim=True).clamp(min=1e-20)
+    count = active.sum()
+    cv_squared = count * ((q - 1 / count) * active).square().sum(-1)
+    entropy = -(q * q.clamp(min=1e-9).log()).sum(-1)  # clamped: x·log x is 0 at 0, and so is no gradient infinite
+    most = count.clamp(min=2).log()
+    cost = config.cv_weight * cv_squared + config.entropy_weight * (most - entropy) / most
+    return torch.where(count > 1, cost, 0.0)

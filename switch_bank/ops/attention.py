@@ -1,0 +1,110 @@
+"""Causal attention within documents and a sliding window: one call, several backends.
+
+A *mask* is what a backend wants to know about who sees whom; it is built once for all layers that share a window.
+"""
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+BLOCK = 128  # tokens of one side of a flex-attention block
+FLASH_ATTN_INSTALLED = find_spec("flash_attn") is not None
+TOKENS_PER_DOCUMENT = 32  # flash: what a slice's documents must have on average, at least
+
+
+def choose_backend(name: str, device: torch.device) -> str:
+    """The backend an option names; "auto" is SDPA on a CPU, flash-attn on CUDA if it is installed, else flex."""
+    if name != "auto":
+        return name
+    if device.type == "cpu":
+        return "sdpa"
+    return "flash" if FLASH_ATTN_INSTALLED else "flex"
+
+
+def build_mask(backend: str, document: Tensor, window: Tensor | int) -> Any:
+    """What `attention` needs to know of who sees whom: query t sees key j of its document with 0 <= t - j < window.
+
+    document: [B, T] integers that never fall along T. window: tokens; a 0-dim tensor, so that a new length compiles
+    nothing, except for backend "flash", whose kernels are compiled for a Python int.
+    """
+    if backend == "flash":
+        return _flash_mask(document, window)
+    if backend == "flex":
+        return _flex_mask(document, window)
+    distance = _distance(document)
+    return ((distance >= 0) & (distance < window) & (document[:, :, None] == document[:, None, :]))[:, None]
+
+
+def attention(backend: str, query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float) -> Tensor:
+    """Softmax attention; query, key, value: [B, T, H, d]; returns [B, T, H, d]. `mask` is of `build_mask`."""
+    if backend == "flash":
+        return _flash_attention(query, key, value, mask, scale)
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    if backend == "reference":
+        scores = scale * query @ key.mT
+        result = torch.softmax(scores.masked_fill(~mask, -torch.inf), dim=-1) @ value
+    elif backend == "sdpa":
+        result = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    else:
+        result = flex_attention(query, key, value, block_mask=mask, scale=scale)
+    return result.transpose(1, 2)
+
+
+def _distance(document: Tensor) -> Tensor:
+    position = torch.arange(document.shape[1], device=document.device)
+    return position[:, None] - position[None, :]
+
+
+def _flex_mask(document: Tensor, window: Tensor | int) -> BlockMask:
+    """The block mask, from what a block's first and last token say: all within the compiled forward, no sync."""
+    batch, tokens = document.shape
+    if tokens % BLOCK:
+        raise ValueError(f"flex attention takes slices of a multiple of {BLOCK} tokens, not {tokens}")
+
+    def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (q >= k) & (q - k < window) & (document[b, q] == document[b, k])
+
+    first, last = document[:, ::BLOCK], document[:, BLOCK - 1 :: BLOCK]  # [B, blocks]
+    blocks = torch.arange(tokens // BLOCK, device=document.device)
+    behind = blocks[:, None] - blocks[None, :]  # of query block over key block
+    shares_document = first[:, :, None] <= last[:, None, :]
+    some = (behind >= 0) & (behind * BLOCK - (BLOCK - 1) < window) & shares_document
+    one_document = (first[:, :, None] == last[:, None, :]) & (last[:, :, None] == first[:, None, :])
+    every = (behind > 0) & (behind * BLOCK + BLOCK - 1 < window) & one_document
+    partial = some & ~every
+
+    def ordered(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        return chosen.sum(-1, dtype=torch.int32)[:, None], chosen.int().argsort(dim=-1, descending=True, stable=True).int()[:, None]
+
+    return BlockMask.from_kv_blocks(*ordered(partial), *ordered(every), BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(tokens, tokens))
+
+
+def _flash_mask(document: Tensor, window: Tensor | int) -> tuple[Tensor, int]:
+    """Cumulative document lengths of the flattened batch, in a static shape, and the window."""
+    if not isinstance(window, int):
+        raise TypeError("flash-attn takes its window as a Python int: pass one compiled variant per length")
+    batch, tokens = document.shape
+    starts = torch.ones_like(document, dtype=torch.bool)
+    starts[:, 1:] = document[:, 1:] != document[:, :-1]
+    total, room = batch * tokens, batch * max(1, tokens // TOKENS_PER_DOCUMENT)
+    torch._assert_async(starts.sum() <= room, f"documents of fewer than {TOKENS_PER_DOCUMENT} tokens on average: use flex")
+    position = torch.arange(total, device=document.device)
+    ordered = torch.where(starts.flatten(), position, total).sort().values[:room]
+    return torch.cat([ordered, ordered.new_full((1,), total)]).int(), window
+
+
+def _flash_attention(query: Tensor, key: Tensor, value: Tensor, mask: tuple[Tensor, int], scale: float) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    cumulative, window = mask
+    batch, tokens = query.shape[:2]
+    query, key, value = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
+    result = flash_attn_varlen_func(
+        query, key, value, cumulative, cumulative, tokens, tokens,
+        softmax_scale=scale, causal=True, window_size=(window - 1, 0),
+    )  # fmt: skip
+    return result.unflatten(0, (batch, tokens))

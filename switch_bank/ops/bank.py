@@ -1,0 +1,152 @@
+"""The bank's feed-forward: y = Σ_k gate_k · W₂[e_k]·relu²(W₁[e_k]·adapter_{e_k}(x)), grouped by expert."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Adapter(NamedTuple):
+    """What one layer adds to the bank's experts. Unused parts are None.
+
+    scale, bias: [E, D], on the expert's input. in_down [E, r, D], in_up [E, F, r], out_down [E, r, F], out_up
+    [E, D, r]: LoRA (Hu et al., arXiv 2106.09685) on the expert's first and second matrix.
+    """
+
+    scale: Tensor | None = None
+    bias: Tensor | None = None
+    in_down: Tensor | None = None
+    in_up: Tensor | None = None
+    out_down: Tensor | None = None
+    out_up: Tensor | None = None
+
+
+def choose_backend(name: str, dtype: torch.dtype) -> str:
+    """The backend an option names; "auto" is grouped_mm, which takes no float64."""
+    if name != "auto":
+        return name
+    return "reference" if dtype == torch.float64 else "grouped"
+
+
+def expert_ffn(
+    backend: str, x: Tensor, w1: Tensor, w2: Tensor, adapter: Adapter, experts: Tensor, gates: Tensor
+) -> Tensor:
+    """x: [N, D]; w1: [E, F, D]; w2: [E, D, F]; experts: [N, K] int64 in 0..E-1; gates: [N, K]. Returns [N, D].
+
+    All floating tensors in x's dtype. A gate of exactly 0 gives and gets exactly nothing.
+    """
+    if backend == "reference":
+        return _loop_over_experts(x, w1, w2, adapter, experts, gates)
+    if w1.shape[0] == 1:
+        return gates * _dense(x, w1[0], w2[0], adapter)
+    return _sorted_by_expert(x, w1, w2, adapter, experts, gates)
+
+
+def _dense(x: Tensor, w1: Tensor, w2: Tensor, adapter: Adapter) -> Tensor:
+    """One expert on all of x: [N, D] with w1 [F, D], w2 [D, F] and an adapter of one expert."""
+    if adapter.scale is not None and adapter.bias is not None:
+        x = x * adapter.scale[0] + adapter.bias[0]
+    hidden = F.linear(x, w1)
+    if adapter.in_down is not None and adapter.in_up is not None:
+        hidden = hidden + F.linear(F.linear(x, adapter.in_down[0]), adapter.in_up[0])
+    hidden = F.relu(hidden).square()
+    y = F.linear(hidden, w2)
+    if adapter.out_down is not None and adapter.out_up is not None:
+        y = y + F.linear(F.linear(hidden, adapter.out_down[0]), adapter.out_up[0])
+    return y
+
+
+def _loop_over_experts(x: Tensor, w1: Tensor, w2: Tensor, adapter: Adapter, experts: Tensor, gates: Tensor) -> Tensor:
+    """The definition: every expert on every token, the unchosen ones times zero."""
+    y = torch.zeros_like(x)
+    for e in range(w1.shape[0]):
+        gate = torch.where(experts == e, gates, 0.0).sum(dim=1, keepdim=True)
+        own = Adapter(*(None if part is None else part[e : e + 1] for part in adapter))
+        y = y + gate * _dense(x, w1[e], w2[e], own)
+    return y
+
+
+def _sorted_by_expert(x: Tensor, w1: Tensor, w2: Tensor, adapter: Adapter, experts: Tensor, gates: Tensor) -> Tensor:
+    """Rows sorted by expert, so that each expert is one block of rows of a grouped matrix product."""
+    top_k, count = experts.shape[1], w1.shape[0]
+    expert_of_row, order = experts.flatten().sort(stable=True)  # row: a (token, pick) pair
+    inverse = torch.empty_like(order)
+    inverse.scatter_(0, order, torch.arange(order.shape[0], device=order.device))
+    ends = torch.searchsorted(expert_of_row, torch.arange(count, device=x.device), right=True).int()
+
+    rows = _Dispatch.apply(x, order, inverse, top_k)
+    if adapter.scale is not None and adapter.bias is not None:
+        one_hot = F.one_hot(expert_of_row, count).to(x.dtype)  # a product, whose backward is a product too
+        rows = rows * (one_hot @ adapter.scale) + one_hot @ adapter.bias
+    hidden = grouped_mm(rows, w1.mT, ends)
+    if adapter.in_down is not None and adapter.in_up is not None:
+        hidden = hidden + grouped_mm(grouped_mm(rows, adapter.in_down.mT, ends), adapter.in_up.mT, ends)
+    hidden = F.relu(hidden).square()
+    y = grouped_mm(hidden, w2.mT, ends)
+    if adapter.out_down is not None and adapter.out_up is not None:
+        y = y + grouped_mm(grouped_mm(hidden, adapter.out_down.mT, ends), adapter.out_up.mT, ends)
+    picks = _Permute.apply(y, inverse, order).view(-1, top_k, x.shape[1])
+    return (picks * gates[..., None]).sum(dim=1)
+
+
+def grouped_mm(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    """rows [R, in] sorted by group, matrices [E, in, out], ends [E] int32: where each group ends. Returns [R, out]."""
+    if rows.dtype == torch.bfloat16:
+        return F.grouped_mm(rows, matrices, offs=ends)
+    return _opaque_grouped_mm(rows, matrices, ends)
+
+
+# torch 2.13 multiplies float32 groups but refuses to trace them; as an operator of our own, the compiler need not look.
+@torch.library.custom_op("switch_bank::grouped_mm", mutates_args=())
+def _opaque_grouped_mm(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    """a [R, in] with b [E, in, out] gives [R, out]; a [in, R] with b [R, out] gives [E, in, out]."""
+    return F.grouped_mm(a, b, offs=ends)
+
+
+@_opaque_grouped_mm.register_fake
+def _(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[2]) if b.ndim == 3 else a.new_empty(ends.shape[0], a.shape[0], b.shape[1])
+
+
+def _save_for_backward(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs)
+
+
+def _opaque_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    rows, matrices, ends = ctx.saved_tensors
+    grad = grad.contiguous()
+    return _opaque_grouped_mm(grad, matrices.mT, ends), _opaque_grouped_mm(rows.mT, grad, ends), None
+
+
+_opaque_grouped_mm.register_autograd(_opaque_backward, setup_context=_save_for_backward)
+
+
+class _Permute(torch.autograd.Function):
+    """x[permutation]; its backward is the inverse permutation, not a scatter with additions."""
+
+    @staticmethod
+    def forward(ctx, x, permutation, inverse):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(inverse)
+        return x[permutation]
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        (inverse,) = ctx.saved_tensors
+        return grad[inverse], None, None
+
+
+class _Dispatch(torch.autograd.Function):
+    """Row r of the result is the token of pick order[r]; its backward gathers a token's picks and adds them."""
+
+    @staticmethod
+    def forward(ctx, x, order, inverse, top_k):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(inverse)
+        ctx.top_k = top_k
+        return x[order // top_k]
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        (inverse,) = ctx.saved_tensors
+        picks = grad[inverse]
+        return picks if ctx.top_k == 1 else picks.unflatten(0, (-1, ctx.top_k)).sum(dim=1), None, None, None

@@ -1,0 +1,112 @@
+"""TurboMuon: Muon for stacked matrices, orthogonalized in one batch per shape and split over the processes."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from switch_bank.ops.orthogonalize import Variant, orthogonalize
+
+
+class TurboMuon(torch.optim.Optimizer):
+    """Muon (momentum, then orthogonalization), every trailing (out, in) matrix of a parameter being its own matrix.
+
+    params: float32 tensors [..., out, in], or param groups of them; lr, momentum and nesterov may differ by group and
+    are read anew every step. variant: see `switch_bank.ops.orthogonalize`. dtype: what the orthogonalization runs in.
+    process_group: whose processes share the work, all of them if None; they must hold the same gradients, and end every
+    step with the same weights. orthogonalize: (matrices [n, rows, cols], variant) -> the same shape and dtype, zero for
+    zero; the place for a compiled form.
+
+    Each matrix moves by -lr · sqrt(max(1, out/in)) · orthogonalize(Nesterov momentum), without weight decay. A matrix
+    whose gradient is zero throughout stays where it is and keeps its momentum, as does a parameter without a gradient.
+    Boissin et al., arXiv 2512.04632; with variant "plain", `torch.optim.Muon` for any number of leading dimensions.
+    Raises ValueError for a parameter that is not float32 or has fewer than two dimensions.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        variant: Variant = "turbo",
+        dtype: torch.dtype = torch.bfloat16,
+        process_group: dist.ProcessGroup | None = None,
+        orthogonalize: Callable[[Tensor, Variant], Tensor] = orthogonalize,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "nesterov": nesterov})
+        self.variant: Variant = variant
+        self.dtype = dtype
+        self.process_group = process_group
+        self.orthogonalize = orthogonalize
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.ndim < 2 or param.dtype != torch.float32:
+                    raise ValueError(
+                        f"TurboMuon takes float32 parameters [..., out, in], got {param.dtype} of shape "
+                        f"{tuple(param.shape)}; give this one to AdamW or keep it in float32"
+                    )
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient. With several processes, all of them must call this together."""
+        by_shape: dict[tuple[int, int], list[_Direction]] = {}
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                rows, cols = param.shape[-2:]
+                direction = self._momentum_direction(param, group["momentum"], group["nesterov"])
+                wide = direction.mT if rows > cols else direction
+                step_size = group["lr"] * math.sqrt(max(1, rows / cols))
+                matrices = wide.reshape(-1, *wide.shape[-2:]).to(self.dtype)
+                by_shape.setdefault((min(rows, cols), max(rows, cols)), []).append(
+                    _Direction(param, matrices, step_size)
+                )
+        for directions in by_shape.values():
+            updates = self._orthogonalize_shared([direction.matrices for direction in directions])
+            counts = [direction.matrices.size(0) for direction in directions]
+            for (param, _, step_size), update in zip(directions, updates.split(counts), strict=True):
+                rows, cols = param.shape[-2:]
+                update = update.mT if rows > cols else update
+                param.add_(update.reshape(param.shape), alpha=-step_size)
+
+    def _momentum_direction(self, param: Tensor, momentum: float, nesterov: bool) -> Tensor:
+        """Advance the momentum of matrices with a gradient. Returns what to orthogonalize, 0 for other matrices."""
+        grad = param.grad
+        assert grad is not None
+        state = self.state[param]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(param)
+        buffer = state["momentum_buffer"]
+        active = grad.ne(0).flatten(-2).any(-1)[..., None, None]
+        buffer.copy_(torch.where(active, torch.lerp(buffer, grad, 1 - momentum), buffer))
+        direction = torch.lerp(grad, buffer, momentum) if nesterov else buffer
+        return torch.where(active, direction, 0.0)
+
+    def _orthogonalize_shared(self, matrices: list[Tensor]) -> Tensor:
+        """Orthogonalize a list of [n_i, rows, cols] as one batch, each process its share.
+
+        Returns [Σ n_i, rows, cols]. Zero matrices fill the batch up to a multiple of the number of processes.
+        """
+        processes = dist.get_world_size(self.process_group) if dist.is_available() and dist.is_initialized() else 1
+        count = sum(part.size(0) for part in matrices)
+        padding = matrices[0].new_zeros(-count % processes, *matrices[0].shape[1:])
+        batch = torch.cat([*matrices, padding])
+        if processes == 1:
+            return self.orthogonalize(batch, self.variant)
+        shares = list(batch.chunk(processes))
+        mine = self.orthogonalize(shares[dist.get_rank(self.process_group)], self.variant)
+        dist.all_gather(shares, mine, group=self.process_group)  # the shares are views: this overwrites the batch
+        return batch[:count]
+
+
+class _Direction(NamedTuple):
+    """A parameter, its matrices to orthogonalize [n, rows <= cols], and the factor of the resulting update."""
+
+    param: Tensor
+    matrices: Tensor
+    step_size: float

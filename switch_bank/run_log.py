@@ -1,0 +1,112 @@
+"""What a run leaves behind while it runs: log.txt, whose first part is its own source, metrics.jsonl and config.json."""
+
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from switch_bank.config import Config
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class RunLog:
+    """Writes on the first process and is silent on all others. Every line is in the file before the call returns."""
+
+    def __init__(self, folder: Path, is_first: bool, append: bool = False) -> None:
+        self.folder, self.is_first = folder, is_first
+        self.terminal = is_first and sys.stdout.isatty()
+        if is_first:
+            folder.mkdir(parents=True, exist_ok=True)
+            mode = "a" if append else "x"
+            self.text = open(folder / "log.txt", mode, encoding="utf-8")  # noqa: SIM115
+            self.records = open(folder / "metrics.jsonl", mode, encoding="utf-8")  # noqa: SIM115
+
+    def line(self, text: str, console: bool = True) -> None:
+        """A line, or several, of log.txt, and of the terminal too unless `console` is off."""
+        if not self.is_first:
+            return
+        if console:
+            print(("\r\033[K" if self.terminal else "") + text, flush=True)
+        self.text.write(text + "\n")
+        self.text.flush()
+
+    def metrics(self, kind: str, values: dict[str, Any]) -> None:
+        """One object of metrics.jsonl: `kind` is train, val or routing."""
+        if self.is_first:
+            self.records.write(json.dumps({"kind": kind} | values) + "\n")
+            self.records.flush()
+
+    def progress(self, text: str) -> None:
+        """A line that the next one replaces; on a terminal only."""
+        if self.terminal:
+            print(f"\r\033[K{text}", end="", flush=True)
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes written so far to each file: where a resumed run cuts them back to."""
+        if not self.is_first:
+            return {}
+        return {"log.txt": self.text.tell(), "metrics.jsonl": self.records.tell()}
+
+
+def cut_back(folder: Path, sizes: dict[str, int]) -> None:
+    """Truncates the folder's files to the sizes of a checkpoint, so that log and metrics are one record."""
+    for name, size in sizes.items():
+        os.truncate(folder / name, size)
+
+
+def write_config(folder: Path, config: Config) -> None:
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n", encoding="utf-8")
+
+
+def source() -> str:
+    """The trainer and every module of the package, each under a line with its name."""
+    files = [ROOT / "train_switch_bank.py", *sorted((ROOT / "switch_bank").rglob("*.py"))]
+    return "\n".join(f"===== {file.relative_to(ROOT).as_posix()}\n{file.read_text(encoding='utf-8')}" for file in files)
+
+
+def environment(device: torch.device, processes: int) -> str:
+    """Versions and hardware, a line each."""
+    packages = ["torch", "numpy", "triton", "flash-attn", "tyro"]
+    lines = [f"python {platform.python_version()} on {platform.system()} {platform.release()}"]
+    lines += [f"{name} {version}" for name in packages if (version := _version(name))]
+    lines.append(f"cuda {torch.version.cuda}" if device.type == "cuda" else f"threads {torch.get_num_threads()}")
+    lines.append(f"processes {processes} on {os.cpu_count()} CPU cores ({_cpu_name()})")
+    if device.type == "cuda":
+        lines += [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        lines.append(_output(["nvidia-smi"]))
+    if commit := _output(["git", "-C", str(ROOT), "rev-parse", "HEAD"]):
+        changed = _output(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"])
+        lines.append(f"commit {commit}{' with uncommitted changes' if changed else ''}")
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _output(command: list[str]) -> str:
+    """What a program prints, or nothing where it is missing or fails: the log is not worth a run."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""

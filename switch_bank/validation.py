@@ -1,0 +1,42 @@
+"""Validation loss over the first N tokens of the validation split, the same ones at every report."""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from switch_bank.distributed import summed
+from switch_bank.model.gpt import IGNORE, Output
+from switch_bank.schedules import StepState
+
+
+class Validation(NamedTuple):
+    loss: float  # nats per token
+    tokens: int
+    pick_counts: Tensor  # [L, E] float64 on the CPU
+
+
+@torch.no_grad()
+def validate(
+    forward: Callable[..., Output], batches: Iterable[tuple[Tensor, Tensor]], state: StepState, window: int | None
+) -> Validation:
+    """Runs this process's batches of `data.validation_batches` through an eval-mode model; every process gets the
+    result over all of them. Sums are float64, so that their split over processes does not show."""
+    loss_sum, token_count, pick_counts = None, None, None
+    for inputs, targets in batches:
+        output = forward(inputs, targets, state, window=window)
+        batch = (output.token_losses.double().sum(), (targets != IGNORE).sum(), output.pick_counts.double())
+        if loss_sum is None:
+            loss_sum, token_count, pick_counts = batch
+        else:
+            loss_sum, token_count, pick_counts = loss_sum + batch[0], token_count + batch[1], pick_counts + batch[2]
+    assert loss_sum is not None and token_count is not None and pick_counts is not None, "every process has a batch"
+    tokens = int(summed(token_count))
+    return Validation(float(summed(loss_sum)) / tokens, tokens, summed(pick_counts).cpu())
+
+
+def least_share(pick_counts: Tensor, active: int) -> float:
+    """The least used active expert's picks over the whole bank, as a share of an even share (1: all even)."""
+    counts = pick_counts.sum(0)
+    return float(counts[:active].min() * active / counts.sum()) if counts.sum() > 0 else 1.0

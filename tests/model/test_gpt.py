@@ -1,0 +1,555 @@
+"""SwitchBankGPT: it is a language model, in every mode; its parts are wired as designed; it compiles once."""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from switch_bank.config import Config, presets
+from switch_bank.model.attention import rms_norm
+from switch_bank.model.gpt import IGNORE, SwitchBankGPT
+from switch_bank.schedules import StepState, step_state
+
+EOD, VOCAB, TOKENS = 0, 97, 128
+SEED = torch.tensor(3)
+EXACT: dict[str, Any] = dict(dtype="float64", attention_backend="reference", bank_backend="reference")
+
+
+def config_of(**options: Any) -> Config:
+    """A nano of two layers' width 32 with `options` of the model."""
+    small: dict[str, Any] = dict(
+        vocab_size=VOCAB, eod_token=EOD, layers=3, width=32, heads=2, window=128, experts=4, expert_width=16,
+        value_embeddings=1, dtype="float32", ema_stride=2, opening_tokens=16, reverse_window=48,
+    )  # fmt: skip
+    nano = presets["nano"]
+    return replace(nano, model=replace(nano.model, **(small | options))).check()
+
+
+def model_of(config: Config) -> SwitchBankGPT:
+    """A model whose every parameter is random: what starts at zero would hide what it multiplies."""
+    model = SwitchBankGPT(config.model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, part in model.named_parameters():
+            matrix = part.ndim >= 2 and "embedding" not in name and "scalars" not in name
+            scale = part.shape[-1] ** -0.5 if matrix and not name.startswith("bank.adapters") else 0.3
+            # λ₀ and the scales of adapters lie around 1, so that nothing fades away over the layers.
+            around = 1.0 if name in ("scalars", "bank.adapters.scale") else 0.0
+            part.copy_(around + scale * torch.randn(part.shape, generator=generator))
+        model.embedding.weight.mul_(3)
+        model.head.mul_(4)
+    return model
+
+
+def late_state(config: Config) -> StepState:
+    """A step at which all experts are active and the cap is high."""
+    state = step_state(1000, config, "cpu")
+    assert state.active_experts == config.model.experts
+    return state
+
+
+def random_tokens(batch: int, tokens: int = TOKENS, seed: int = 0, documents_at: tuple[int, ...] = (0, 37)) -> Tensor:
+    """[B, T] without EOD but at `documents_at`."""
+    drawn = torch.randint(1, VOCAB, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+    drawn[:, list(documents_at)] = EOD
+    return drawn
+
+
+def gradients_of(model: SwitchBankGPT) -> dict[str, Tensor]:
+    return {name: part.grad.clone() for name, part in model.named_parameters() if part.grad is not None}
+
+
+def logits_of(model: SwitchBankGPT, tokens: Tensor, state: StepState, **options: Any) -> Tensor:
+    hidden, _, _ = model.trunk(tokens, state, **options)
+    return model.logits(hidden)
+
+
+# --- Promise 1: the probability of token t+1 depends on tokens <= t only.
+
+
+def gradients_at(model: SwitchBankGPT, tokens: Tensor, state: StepState, t: int) -> Tensor:
+    """[T]: the largest gradient of the logits at t with respect to each token's embeddings, of all tables."""
+    looked_up: list[Tensor] = []
+    tables = [model.embedding, *model.value_embeddings]
+    hooks = [table.register_forward_hook(lambda module, inputs, output: looked_up.append(output)) for table in tables]
+    logits = logits_of(model, tokens, state)
+    for hook in hooks:
+        hook.remove()
+    assert len(looked_up) > len(tables)
+    direction = torch.randn(logits.shape[-1], generator=torch.Generator().manual_seed(5)).to(logits.dtype)
+    gradients = torch.autograd.grad((logits[0, t] * direction).sum(), looked_up)
+    return torch.stack([gradient[0].abs().amax(-1) for gradient in gradients]).amax(0)
+
+
+def largest_change_up_to(model: SwitchBankGPT, tokens: Tensor, state: StepState, t: int) -> float:
+    """How much the logits up to t change when every token after t does, document boundaries included."""
+    changed = tokens.clone()
+    later = torch.randint(1, VOCAB, (tokens.shape[1] - t - 1,), generator=torch.Generator().manual_seed(7))
+    changed[:, t + 1 :] = torch.where(later == tokens[0, t + 1 :], later % (VOCAB - 1) + 1, later)
+    with torch.no_grad():
+        before, after = logits_of(model, tokens, state), logits_of(model, changed, state)
+    return float((before - after)[:, : t + 1].abs().max())
+
+
+LANGUAGE_MODELS = [
+    dict(forward_ema=forward, reverse_ema=reverse, score=score, top_k=top_k)
+    for forward, reverse, score, top_k in itertools.product(
+        (False, True), ("off", "causal"), ("softmax", "sigmoid"), (1, 2)
+    )
+] + [
+    dict(reverse_ema="causal", reverse_normalized=False, forward_ema=True),
+    dict(shared=False, adapter="lora", forward_ema=True),
+    dict(always_on_expert=True, balance="bias", tied_layers=2),
+    dict(experts=1),
+    dict(layers=12, skip_attention=(11,), value_embeddings=2, ema_stride=4),
+]
+
+
+def readable(options: dict[str, Any]) -> str:
+    return "-".join(f"{name}={value}" for name, value in options.items())
+
+
+@pytest.mark.parametrize("options", LANGUAGE_MODELS, ids=readable)
+def test_no_token_can_be_read_before_its_turn(options: dict[str, Any]) -> None:
+    config = config_of(**EXACT, **options)
+    model, state, tokens = model_of(config), late_state(config), random_tokens(1)
+    for t in (10, 60):  # both early in a document, where a reverse EMA would read ahead
+        gradients = gradients_at(model, tokens, state, t)
+        start = 0 if t < 37 else 37
+        assert (gradients[t + 1 :] == 0).all(), "the logits at t depend on a later token"
+        assert (gradients[:start] == 0).all(), "the logits at t depend on another document"
+        # Every earlier token of the document does matter (within the 64 tokens of a short window, over two layers).
+        assert (gradients[start : t + 1] > 0).all()
+        assert largest_change_up_to(model, tokens, state, t) < 1e-9
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"score": "sigmoid"}, {"forward_ema": True}], ids=readable)
+def test_both_checks_find_the_leak_of_the_published_reverse_ema(options: dict[str, Any]) -> None:
+    config = config_of(**EXACT, reverse_ema="leaky", **options)
+    assert not config.model.causal
+    model, state, tokens = model_of(config), late_state(config), random_tokens(1)
+    for t in (10, 60):
+        end = 37 if t < 37 else 37 + 48  # of the document, or of the opening that the reverse EMA reads
+        gradients = gradients_at(model, tokens, state, t)
+        assert (gradients[t + 1 : end] > 0).any() and (gradients[end:] == 0).all()
+        assert largest_change_up_to(model, tokens, state, t) > 1e-6
+
+
+def test_gumbel_noise_lets_no_token_be_read_before_its_turn() -> None:
+    config = config_of(**EXACT, forward_ema=True)
+    model, state, tokens = model_of(config), late_state(config), random_tokens(1)
+    changed = tokens.clone()
+    changed[:, 61:] = random_tokens(1, seed=9)[:, 61:]
+    slices = torch.tensor([5])
+    with torch.no_grad():
+        before, after = (logits_of(model, x, state, slices=slices, seed=SEED) for x in (tokens, changed))
+    assert (before - after)[:, :61].abs().max() < 1e-9 and (before - after)[:, 61:].abs().max() > 1e-3
+
+
+# --- Documents and slices
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(forward_ema=True, top_k=2),
+        dict(reverse_normalized=False, score="sigmoid"),
+        dict(adapter="lora", shared=False),
+        dict(reverse_ema="leaky"),
+        dict(experts=1),
+    ],
+    ids=readable,
+)
+def test_a_documents_logits_are_the_same_whatever_it_is_packed_with_and_wherever(options: dict[str, Any]) -> None:
+    config = config_of(**EXACT, **options)
+    model, state = model_of(config), late_state(config)
+    document = random_tokens(1, 70, seed=1, documents_at=(0,))
+
+    def packed_at(offset: int, tokens: int, seed: int, documents_at: tuple[int, ...] = ()) -> Tensor:
+        around = random_tokens(1, tokens, seed=seed, documents_at=documents_at)
+        around[:, offset : offset + 70] = document
+        if offset + 70 < tokens:
+            around[:, offset + 70] = EOD
+        with torch.no_grad():
+            return logits_of(model, around, state)[:, offset : offset + 70]
+
+    alone = packed_at(0, 128, seed=2)
+    for packed in (
+        packed_at(0, 128, seed=3, documents_at=(90, 100)),  # other documents after it
+        packed_at(58, 128, seed=4),  # after the rest of a document that began in the slice before
+        packed_at(1, 128, seed=5),  # after a single token
+        packed_at(31, 128, seed=6, documents_at=(0, 30)),  # after documents, the last of them empty
+        packed_at(150, 256, seed=7, documents_at=(0, 99)),  # in a longer slice, over a block's edge
+    ):
+        torch.testing.assert_close(packed, alone, rtol=0, atol=1e-9)
+
+
+def test_a_slice_that_begins_inside_a_document_starts_there() -> None:
+    config = config_of(**EXACT, forward_ema=True)
+    model, state = model_of(config), late_state(config)
+    rest = random_tokens(1, 40, seed=1, documents_at=())
+    slices = []
+    for seed in (2, 3):
+        tokens = random_tokens(1, seed=seed)
+        tokens[:, :40], tokens[:, 40] = rest, EOD
+        slices.append(logits_of(model, tokens, state)[:, :40])
+    torch.testing.assert_close(slices[0], slices[1], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("scope", ["layer", "bank"])
+@pytest.mark.parametrize("seed", [None, SEED])
+def test_slices_go_through_together_as_they_would_one_by_one(seed: Tensor | None, scope: str) -> None:
+    config = config_of(
+        forward_ema=True, top_k=2, balance_scope=scope, z_loss_weight=0.01, cv_weight=0.3, entropy_weight=0.3
+    )  # fmt: skip
+    model, state = model_of(config), late_state(config)
+    tokens = torch.cat([random_tokens(1, seed=row, documents_at=(11 * row,)) for row in range(4)])
+    targets, slices = random_tokens(4, seed=9), torch.tensor([6, 1, 12, 0])
+    together = model(tokens, targets, state, slices, seed)
+    together.loss.backward()
+    gradients = gradients_of(model)
+    model.zero_grad()
+    assert together.loss > together.cross_entropy + 1e-3
+    one_by_one = [model(tokens[i : i + 1], targets[i : i + 1], state, slices[i : i + 1], seed) for i in range(4)]
+    (torch.stack([output.loss for output in one_by_one]).mean()).backward()
+    for name in ("loss", "cross_entropy"):
+        mean = torch.stack([getattr(output, name) for output in one_by_one]).mean()
+        torch.testing.assert_close(getattr(together, name), mean, rtol=1e-5, atol=1e-5)
+    token_losses = torch.cat([output.token_losses for output in one_by_one])
+    torch.testing.assert_close(together.token_losses, token_losses, rtol=1e-4, atol=1e-4)
+    assert torch.equal(together.pick_counts, torch.stack([output.pick_counts for output in one_by_one]).sum(0))
+    for name, want in gradients_of(model).items():
+        assert (gradients[name] - want).abs().max() <= 1e-4 * want.abs().max(), name
+
+
+def test_noise_is_drawn_for_the_slice_not_for_its_place_in_the_batch() -> None:
+    config = config_of()
+    model, state, tokens = model_of(config), late_state(config), random_tokens(2)
+    with torch.no_grad():
+        outputs = model(tokens, tokens, state, torch.tensor([3, 8]), SEED).token_losses
+        swapped = model(tokens.flip(0), tokens.flip(0), state, torch.tensor([8, 3]), SEED).token_losses
+        other = model(tokens, tokens, state, torch.tensor([3, 9]), SEED).token_losses
+        quiet = model(tokens, tokens, state).token_losses
+    torch.testing.assert_close(outputs, swapped.flip(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(outputs[0], other[0], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(outputs[1], other[1], atol=1e-2) and not torch.allclose(outputs, quiet, atol=1e-2)
+
+
+# --- Losses
+
+
+def test_the_loss_is_the_mean_cross_entropy_of_the_targets_that_count() -> None:
+    config = config_of()
+    model, state, tokens = model_of(config).eval(), late_state(config), random_tokens(2)
+    targets = random_tokens(2, seed=1)
+    targets[0, 5:9] = targets[1, 50:] = IGNORE
+    with torch.no_grad():
+        output = model(tokens, targets, state)
+        log_probabilities = logits_of(model, tokens, state).log_softmax(-1)
+    expected = -log_probabilities.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    counted = targets != IGNORE
+    torch.testing.assert_close(output.token_losses[counted], expected[counted], rtol=1e-4, atol=1e-5)
+    assert (output.token_losses[~counted] == 0).all()
+    torch.testing.assert_close(output.cross_entropy, expected[counted].mean(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(output.loss, output.cross_entropy)  # no auxiliary loss in evaluation
+    assert output.pick_counts.sum(1).tolist() == [float(counted.sum())] * config.model.layers
+    assert output.margins.shape == tokens.shape and 0 <= output.margins.min() < output.margins.max() < torch.inf
+    nothing = model(tokens, torch.full_like(tokens, IGNORE), state)
+    assert nothing.cross_entropy == 0 and nothing.pick_counts.sum() == 0
+
+
+def test_logits_are_softly_capped_at_fifteen() -> None:
+    config = config_of(**EXACT)
+    model = model_of(config)
+    hidden = 30 * torch.randn(4, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    logits = model.logits(hidden)
+    z = hidden @ model.head.double().T
+    torch.testing.assert_close(logits, 15 * z / (z**2 + 225) ** 0.5)
+    assert logits.shape == (4, 128) and 14 < logits.abs().max() < 15
+
+
+# --- Wiring
+
+
+def test_the_record_model_has_the_published_number_of_parameters_and_depth_is_cheap() -> None:
+    model = presets["record"].model
+    with torch.device("meta"):
+        deep, shallow = SwitchBankGPT(model), SwitchBankGPT(replace(model, layers=16))
+    count = sum(part.numel() for part in deep.parameters())
+    assert count == 282_395_148
+    assert count - sum(part.numel() for part in shallow.parameters()) == pytest.approx(38.9e6, abs=0.05e6)
+    assert all(part.dtype == torch.float32 and part.is_meta for part in deep.parameters())
+
+
+class Trace:
+    """What went into and came out of each call of attention and bank, in order."""
+
+    def __init__(self, model: SwitchBankGPT) -> None:
+        self.attention: list[tuple[Any, tuple[Any, ...], Tensor]] = []
+        self.bank: list[tuple[tuple[Any, ...], Tensor]] = []
+        for module in model.attention.values():
+            module.register_forward_hook(lambda module, inputs, output: self.attention.append((module, inputs, output)))
+        model.bank.register_forward_hook(lambda module, inputs, output: self.bank.append((inputs, output)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(layers=12, skip_attention=(6, 11), value_embeddings=2, tied_layers=1),
+        dict(layers=11, skip_attention=(), value_embeddings=0, tied_layers=3),
+        dict(layers=4, skip_attention=(0,), value_embeddings=2, tied_layers=2),
+        dict(layers=1, skip_attention=(), value_embeddings=1, tied_layers=4),
+    ],
+    ids=readable,
+)
+def test_blocks_are_wired_as_designed(options: dict[str, Any]) -> None:
+    config = config_of(dtype="float64", attention_backend="reference", window=96 + 32, **options)
+    model, tokens = model_of(config), random_tokens(1)
+    state, trace, layers = late_state(config), Trace(model), config.model.layers
+    state = state._replace(window=torch.tensor(100.0))
+    with torch.no_grad():
+        hidden, _, _ = model.trunk(tokens, state)
+        x0 = x = rms_norm(model.embedding(tokens).double())
+        outputs: list[Tensor] = []
+        attended = iter(trace.attention)
+        for layer in range(layers):
+            skip, keep, restart, v_weight, table_weight = model.scalars[layer].double()
+            source = {9: 6, 10: 4, 11: 2}.get(layer)
+            if source is not None:
+                x = x + skip * outputs[source]
+            x = keep * x + restart * x0
+            if layer not in config.model.skip_attention:
+                module, (n, _, table, mix, _, mask), output = next(attended)
+                assert module is model.attention[str(layer // config.model.tied_layers)]
+                torch.testing.assert_close(n, rms_norm(x))
+                assert torch.equal(mix, torch.stack([v_weight, table_weight]))
+                # Long windows on every fourth layer, half of it elsewhere; the second document has 91 tokens.
+                assert mask[0, 0, -1].sum() == (91 if layer % 4 == 3 else 50)
+                count = config.model.value_embeddings
+                used = layer if layer < count else layer - (layers - count) if layer >= layers - count else None
+                if used is None:
+                    assert table is None
+                else:
+                    assert torch.equal(table, model.value_embeddings[used](tokens).double())
+                x = x + output
+            (n, given_layer, *_), output = trace.bank[layer]
+            assert given_layer == layer
+            torch.testing.assert_close(n, rms_norm(x))
+            x = x + output
+            outputs.append(x)
+        torch.testing.assert_close(hidden, rms_norm(x))
+    assert next(attended, None) is None and len(trace.bank) == layers
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(forward_ema=True, top_k=2),
+        dict(reverse_ema="off", flags=False),
+        dict(reverse_ema="leaky"),
+        dict(adapter="lora", score="sigmoid"),
+        dict(adapter="none", always_on_expert=True),
+        dict(shared=False, top_k=2),
+        dict(experts=1),
+        dict(experts=1, adapter="lora"),
+        dict(layers=12, skip_attention=(3, 11), value_embeddings=2, tied_layers=2),
+        dict(balance="bias", z_loss_weight=0.1, ema_stride=1),
+        dict(balance_scope="bank", position_bins=16),
+    ],
+    ids=readable,
+)
+def test_every_parameter_that_is_used_gets_a_gradient(options: dict[str, Any]) -> None:
+    config = config_of(**options)
+    model, state = model_of(config), late_state(config)
+    tokens = torch.cat([random_tokens(3), random_tokens(3, seed=1, documents_at=(0,))])
+    model(tokens, random_tokens(6, seed=2), state, torch.arange(6), SEED).loss.backward()
+    layers, count = config.model.layers, config.model.value_embeddings
+    for name, part in model.named_parameters():
+        assert part.grad is not None and torch.isfinite(part.grad).all(), name
+        if name.startswith("bank.adapters"):
+            assert (part.grad.flatten(2).abs().amax(-1) > 0).all(), f"{name}: an adapter of a layer and expert has none"
+        elif name == "scalars":
+            with_attention = [layer for layer in range(layers) if layer not in config.model.skip_attention]
+            expected = torch.zeros(layers, 5, dtype=torch.bool)
+            expected[:, 1:3] = True
+            expected[[layer for layer in (9, 10, 11) if layer < layers], 0] = True
+            expected[with_attention, 3] = True
+            with_table = [layer for layer in with_attention if layer < count or layer >= layers - count]
+            expected[with_table, 4] = True
+            assert torch.equal(part.grad != 0, expected)
+        elif name == "routers.weight":
+            assert (part.grad.abs().amax(-1) > 0).all(), "a router of a layer and expert has none"
+            assert (part.grad.abs().amax((0, 1)) > 0).all(), "a router feature has none"
+        elif "embedding" in name:
+            seen = torch.zeros(part.shape[0], dtype=torch.bool)
+            seen[tokens.flatten()] = True
+            assert torch.equal(part.grad.abs().amax(-1) > 0, seen), name
+        else:
+            assert (part.grad.flatten(1).abs().amax(-1) > 0).all(), name
+
+
+@pytest.mark.parametrize("adapter", ["none", "scale_bias", "lora"])
+def test_an_inactive_expert_gets_exactly_zero_gradients(adapter: str) -> None:
+    config = config_of(adapter=adapter, top_k=3, z_loss_weight=0.1)
+    model, tokens = model_of(config), random_tokens(2)
+    state = late_state(config)._replace(active_experts=torch.tensor(2.0))
+    output = model(tokens, tokens, state, torch.arange(2), SEED)
+    output.loss.backward()
+    assert (output.pick_counts[:, :2] == 256).all() and (output.pick_counts[:, 2:] == 0).all()
+    assert model.routers is not None
+    gradients = gradients_of(model)
+    for name in ("bank.w1", "bank.w2"):
+        assert (gradients[name][2:] == 0).all() and (gradients[name][:2] != 0).any(), name
+    for name in [name for name in gradients if name.startswith(("bank.adapters", "routers"))]:
+        assert (gradients[name][:, 2:] == 0).all() and (gradients[name][:, :2] != 0).any(), name
+
+
+def test_one_expert_is_the_dense_model_without_a_router() -> None:
+    config = config_of(experts=1, adapter="none")
+    model, tokens = model_of(config), random_tokens(2)
+    assert model.routers is None and not any("router" in name for name, _ in model.named_parameters())
+    output = model(tokens, tokens, late_state(config), torch.arange(2), SEED)
+    assert torch.equal(output.loss, output.cross_entropy)
+    trace = Trace(model)
+    with torch.no_grad():
+        model(tokens, tokens, late_state(config))
+        for (n, *_), y in trace.bank:
+            dense = F.relu(n @ model.bank.w1[0].T).square() @ model.bank.w2[0].T
+            torch.testing.assert_close(y, dense, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["grouped", "reference"])
+def test_a_bank_of_128_experts_runs_and_uses_them(backend: str) -> None:
+    config = config_of(experts=128, top_k=2, bank_backend=backend, forward_ema=True)
+    model, tokens = model_of(config), random_tokens(4)
+    output = model(tokens, tokens, late_state(config), torch.arange(4), SEED)
+    output.loss.backward()
+    assert torch.isfinite(output.loss)
+    assert output.pick_counts.sum(1).tolist() == [1024.0] * 3 and (output.pick_counts > 0).sum() > 192
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3, 28])
+def test_the_emas_of_a_group_are_of_its_first_layers_bank_input(stride: int) -> None:
+    config = config_of(layers=4, ema_stride=stride, forward_ema=True, reverse_ema="off", flags=False, dtype="float64")
+    model, state, tokens = model_of(config), late_state(config), random_tokens(1, documents_at=(0,))
+    trace = Trace(model)
+    assert model.routers is not None
+    with torch.no_grad():
+        _, routings, _ = model.trunk(tokens, state)
+        for layer in range(4):
+            n, source = (trace.bank[i][0][0][0] for i in (layer, layer // stride * stride))
+            ema, features = torch.zeros(32, dtype=torch.float64), []
+            for t in range(TOKENS):
+                ema = config.model.forward_decay * ema + (1 - config.model.forward_decay) * source[t]
+                features.append(torch.cat([n[t], ema]))
+            expected = torch.stack(features) @ model.routers.weight[layer].double().T + model.routers.bias[layer]
+            torch.testing.assert_close(routings[layer].logits[0], expected)
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_the_fast_backends_give_the_loss_and_gradients_of_the_references(score: str) -> None:
+    config = config_of(score=score, top_k=2, forward_ema=True)
+    results = []
+    for options in (dict(attention_backend="sdpa", bank_backend="grouped"), EXACT):
+        own = replace(config, model=replace(config.model, **options))
+        model, tokens = model_of(own), random_tokens(2)
+        output = model(tokens, random_tokens(2, seed=1), late_state(own), torch.arange(2), SEED)
+        output.loss.backward()
+        results.append((output, gradients_of(model)))
+    (fast, fast_gradients), (exact, exact_gradients) = results
+    torch.testing.assert_close(fast.loss, exact.loss.float(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(fast.pick_counts, exact.pick_counts)
+    for name, want in exact_gradients.items():
+        assert (fast_gradients[name] - want).abs().max() <= 2e-3 * want.abs().max(), name
+
+
+def test_bfloat16_activations_stay_close_to_float32() -> None:
+    losses = []
+    for dtype in ("bfloat16", "float32"):
+        config = config_of(dtype=dtype, forward_ema=True)
+        tokens = random_tokens(4)
+        output = model_of(config)(tokens, random_tokens(4, seed=1), late_state(config))
+        assert output.loss.dtype == output.token_losses.dtype == torch.float32
+        losses.append(float(output.cross_entropy))
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+# --- Compilation
+
+
+def every_value_changed(state: StepState) -> list[StepState]:
+    changes = dict(step=8.0, active_experts=2.0, temperature=0.7, cap=3.0, window=64.0 * 3)
+    return [state._replace(**{name: torch.tensor(value)}) for name, value in changes.items()]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(forward_ema=True),
+        dict(top_k=2, adapter="lora", score="sigmoid"),
+        dict(experts=1),
+        dict(balance="bias", balance_scope="bank", always_on_expert=True),
+    ],
+    ids=readable,
+)
+def test_training_is_one_graph_and_a_new_step_compiles_nothing(
+    options: dict[str, Any], fresh_compiler: Callable[[], CompileCounterWithBackend]
+) -> None:
+    config, counter = config_of(layers=2, **options), fresh_compiler()
+    model, state = model_of(config), late_state(config)
+    step = torch.compile(model, fullgraph=True, backend=counter)
+    tokens, targets, slices, seed = random_tokens(2), random_tokens(2, seed=1), torch.arange(2), torch.tensor(1)
+    losses = []
+    for at in (state, *every_value_changed(state)):
+        model.zero_grad()
+        output = step(tokens, targets, at, slices, seed)
+        output.loss.backward()
+        losses.append(output.loss.item())
+        torch.testing.assert_close(output.loss, model(tokens, targets, at, slices, seed).loss, rtol=1e-5, atol=1e-5)
+    others = random_tokens(2, seed=4, documents_at=(0, 1, 2, 64, 65, 120))
+    step(others, targets, state, slices + 7, seed + 1).loss.backward()
+    assert counter.frame_count == 1
+    # Each value did reach the model: only a dense model looks at none but the window.
+    different = {round(loss, 6) for loss in losses}
+    assert len(different) == (6 if config.model.experts > 1 else 2)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "flex"])
+def test_evaluation_is_one_graph_and_a_new_step_compiles_nothing(
+    backend: str, fresh_compiler: Callable[[], CompileCounterWithBackend]
+) -> None:
+    # flex attention has no backward on a CPU, so that only this test runs it within the model.
+    config, counter = config_of(layers=2, attention_backend=backend), fresh_compiler()
+    model, state = model_of(config).eval(), late_state(config)
+    step = torch.compile(model, fullgraph=True, backend=counter)
+    with torch.no_grad():
+        for at in (state, *every_value_changed(state)):
+            output = step(random_tokens(2), random_tokens(2, seed=1), at)
+            torch.testing.assert_close(
+                output.loss, model(random_tokens(2), random_tokens(2, seed=1), at).loss, rtol=1e-5, atol=1e-5
+            )
+    assert counter.frame_count == 1
+
+
+def test_a_window_given_as_an_int_is_the_window_of_the_state() -> None:
+    config = config_of(layers=4)
+    model, tokens = model_of(config), random_tokens(1, documents_at=(0,))
+    state = late_state(config)._replace(window=torch.tensor(101.0))
+    with torch.no_grad():
+        of_state = logits_of(model, tokens, state)
+        of_int = logits_of(model, tokens, state._replace(window=torch.tensor(64.0)), window=101)
+        shorter = logits_of(model, tokens, state, window=64)
+    assert torch.equal(of_state, of_int) and not torch.allclose(of_state, shorter, atol=1e-3)
+
+
+@pytest.fixture
+def fresh_compiler() -> Callable[[], CompileCounterWithBackend]:
+    torch._dynamo.reset()
+    return lambda: CompileCounterWithBackend("aot_eager")

@@ -1,0 +1,197 @@
+"""Attention: every backend computes the same thing, and a query sees exactly what document and window allow."""
+
+import importlib.util
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from switch_bank.ops.attention import BLOCK, _flash_mask, attention, build_mask
+
+SCALE = 0.12
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+needs_flash = pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="flash-attn is not installed")
+# flex_attention without torch.compile warns that it is slow; here it is only asked for its values.
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+
+
+def random_documents(batch: int, tokens: int, mean_length: float, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.rand(batch, tokens, generator=generator) < 1 / mean_length
+    return starts.long().cumsum(1)
+
+
+def random_inputs(batch: int, tokens: int, heads: int = 2, width: int = 16, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(batch, tokens, heads, width, generator=generator) for _ in range(4)]
+
+
+def visible(document: Tensor, window: int) -> Tensor:
+    """[B, T, T]: what the definition lets query t (rows) see, pair by pair."""
+    batch, tokens = document.shape
+    seen = torch.zeros(batch, tokens, tokens, dtype=torch.bool)
+    for row, line in enumerate(document.tolist()):
+        for t in range(tokens):
+            for j in range(max(0, t - window + 1), t + 1):
+                seen[row, t, j] = line[t] == line[j]
+    return seen
+
+
+def by_definition(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
+    """Softmax attention in float64 over the pairs of `seen` [B, T, T]."""
+    scores = torch.einsum("bthd,bjhd->bhtj", query.double(), key.double()) * SCALE
+    weights = torch.softmax(scores.masked_fill(~seen[:, None], -torch.inf), dim=-1)
+    return torch.einsum("bhtj,bjhd->bthd", weights, value.double())
+
+
+def run_with_gradients(backend: str, document: Tensor, window: int | Tensor) -> list[Tensor]:
+    query, key, value, direction = random_inputs(*document.shape)
+    leaves = [x.requires_grad_() for x in (query, key, value)]
+    result = attention(backend, query, key, value, build_mask(backend, document, window), SCALE)
+    return [result, *torch.autograd.grad((result * direction).sum(), leaves)]
+
+
+@pytest.mark.parametrize("as_tensor", [True, False])
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_a_backend_gives_the_values_and_gradients_of_the_definition(backend: str, as_tensor: bool) -> None:
+    document, window = random_documents(2, 192, 40.0), 37
+    query, key, value, direction = random_inputs(*document.shape)
+    leaves = [x.requires_grad_() for x in (query, key, value)]
+    expected = by_definition(query, key, value, visible(document, window))
+    gradients = torch.autograd.grad((expected * direction).sum(), leaves)
+    results = run_with_gradients(backend, document, torch.tensor(float(window)) if as_tensor else window)
+    for result, wanted in zip(results, [expected, *gradients], strict=True):
+        torch.testing.assert_close(result.double(), wanted.double(), rtol=0, atol=2e-5)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    seed=st.integers(0, 1000), mean_length=st.sampled_from([1.5, 20.0, 130.0, 1000.0]), window=st.integers(1, 400),
+    as_tensor=st.booleans(),
+)  # fmt: skip
+def test_flex_and_sdpa_give_the_values_of_the_reference(
+    seed: int, mean_length: float, window: int, as_tensor: bool
+) -> None:
+    # Values only: flex attention has no backward on a CPU; the gpu test below compares its gradients.
+    document = random_documents(2, 256, mean_length, seed)
+    query, key, value, _ = random_inputs(2, 256, seed=seed)
+    given_window = torch.tensor(float(window)) if as_tensor else window
+    expected = attention("reference", query, key, value, build_mask("reference", document, window), SCALE)
+    for backend in ("flex", "sdpa"):
+        result = attention(backend, query, key, value, build_mask(backend, document, given_window), SCALE)
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "flex"])
+@pytest.mark.parametrize("window", [1, 64, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK])
+def test_a_window_of_w_tokens_reaches_the_token_w_minus_1_back_and_no_further(backend: str, window: int) -> None:
+    document = torch.zeros(1, 3 * BLOCK, dtype=torch.long)
+    query, key, _, _ = random_inputs(1, 3 * BLOCK, heads=1)
+    # One-hot values: the result of query t is its row of attention weights.
+    value = torch.eye(3 * BLOCK)[None, :, None]
+    mask = build_mask(backend, document, torch.tensor(float(window)))
+    weights = attention(backend, query, key, value, mask, SCALE)[0, :, 0]
+    for t in (0, window - 1, window, BLOCK - 1, BLOCK, 2 * BLOCK - 1, 2 * BLOCK, 3 * BLOCK - 1):
+        first = max(0, t - window + 1)
+        assert (weights[t, first : t + 1] > 0).all()
+        assert (weights[t, :first] == 0).all() and (weights[t, t + 1 :] == 0).all()
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "flex"])
+@pytest.mark.parametrize("start", [BLOCK - 1, BLOCK, BLOCK + 1])
+def test_a_document_is_not_seen_from_the_next_one_also_at_a_block_edge(backend: str, start: int) -> None:
+    document = (torch.arange(2 * BLOCK) >= start).long()[None]
+    query, key, _, _ = random_inputs(1, 2 * BLOCK, heads=1)
+    value = torch.eye(2 * BLOCK)[None, :, None]
+    weights = attention(backend, query, key, value, build_mask(backend, document, 2 * BLOCK), SCALE)[0, :, 0]
+    assert (weights[start:, :start] == 0).all()
+    assert (weights[start, start] == 1) and (weights[-1, start:] > 0).all() and (weights[start - 1, :start] > 0).all()
+
+
+def blocks_of(counts: Tensor, indices: Tensor) -> Tensor:
+    """[B, rows, columns] bool: which blocks a flex table of counts [B, 1, rows] and indices lists."""
+    listed = torch.arange(indices.shape[-1]) < counts[..., None]
+    return torch.zeros_like(listed).scatter_(-1, indices.long(), listed)[:, 0]
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    seed=st.integers(0, 1000), mean_length=st.sampled_from([20.0, 200.0, 600.0, 10000.0]),
+    window=st.sampled_from([1, 2, 64, 127, 128, 129, 255, 256, 257, 300, 384, 385, 511]), as_tensor=st.booleans(),
+)  # fmt: skip
+def test_flex_skips_only_hidden_blocks_and_takes_as_full_only_visible_ones(
+    seed: int, mean_length: float, window: int, as_tensor: bool
+) -> None:
+    # The eager form of flex_attention reads mask_mod only; compiled kernels also trust these tables.
+    tokens = 4 * BLOCK
+    document = random_documents(2, tokens, mean_length, seed)
+    mask = build_mask("flex", document, torch.tensor(float(window)) if as_tensor else window)
+    distance = torch.arange(tokens)[:, None] - torch.arange(tokens)[None, :]
+    seen = (distance >= 0) & (distance < window) & (document[:, :, None] == document[:, None, :])
+    seen_in_block = seen.view(2, 4, BLOCK, 4, BLOCK).sum(dim=(2, 4))
+    partial = blocks_of(mask.kv_num_blocks, mask.kv_indices)
+    full = blocks_of(mask.full_kv_num_blocks, mask.full_kv_indices)
+    assert torch.equal(full, seen_in_block == BLOCK * BLOCK)
+    assert torch.equal(partial, (seen_in_block > 0) & ~full)
+    assert torch.equal(blocks_of(mask.q_num_blocks, mask.q_indices), partial.mT)
+    assert torch.equal(blocks_of(mask.full_q_num_blocks, mask.full_q_indices), full.mT)
+
+
+def test_flex_refuses_slices_that_are_not_whole_blocks() -> None:
+    with pytest.raises(ValueError, match="multiple of 128"):
+        build_mask("flex", torch.zeros(1, 200, dtype=torch.long), 128)
+
+
+def test_flash_gets_every_documents_start_in_a_shape_that_does_not_depend_on_the_documents() -> None:
+    few, many = random_documents(2, 256, 200.0), random_documents(2, 256, 40.0)
+    shapes = set()
+    for document in (few, many):
+        cumulative, window = _flash_mask(document, 100)
+        starts = [t for t in range(512) if t % 256 == 0 or document.flatten()[t] != document.flatten()[t - 1]]
+        assert cumulative[: len(starts)].tolist() == starts
+        assert (cumulative[len(starts) :] == 512).all() and cumulative[-1] == 512 and window == 100
+        shapes.add((cumulative.shape, cumulative.dtype))
+    assert len(shapes) == 1 and shapes.pop()[1] == torch.int32
+    with pytest.raises(TypeError, match="Python int"):
+        _flash_mask(few, torch.tensor(100.0))
+
+
+@pytest.mark.slow
+def test_compiled_flex_on_a_cpu_gives_the_values_of_the_reference() -> None:
+    document = random_documents(2, 4 * BLOCK, 150.0)
+    query, key, value, _ = random_inputs(2, 4 * BLOCK)
+
+    @torch.compile(fullgraph=True)
+    def compiled(window: Tensor) -> Tensor:
+        return attention("flex", query, key, value, build_mask("flex", document, window), SCALE)
+
+    for window in (64, 200):
+        expected = attention("reference", query, key, value, build_mask("reference", document, window), SCALE)
+        torch.testing.assert_close(compiled(torch.tensor(float(window))), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [pytest.param("flex", marks=gpu), pytest.param("flash", marks=[*gpu, needs_flash])],
+)
+@pytest.mark.parametrize("window", [BLOCK, 300])
+def test_compiled_backends_on_a_gpu_give_the_values_and_gradients_of_the_reference(backend: str, window: int) -> None:
+    device = torch.device("cuda")
+    document = random_documents(2, 1024, 150.0).to(device)
+    *inputs, direction = (x.to(device) for x in random_inputs(2, 1024, heads=2, width=64))
+
+    @torch.compile(fullgraph=True)
+    def compiled(query: Tensor, key: Tensor, value: Tensor, window: Tensor | int) -> Tensor:
+        return attention(backend, query, key, value, build_mask(backend, document, window), SCALE)
+
+    leaves = query, key, value = [x.bfloat16().requires_grad_() for x in inputs]
+    given_window = window if backend == "flash" else torch.tensor(float(window), device=device)
+    result = compiled(query, key, value, given_window)
+    results = [result, *torch.autograd.grad((result.float() * direction).sum(), leaves)]
+    exact = query, key, value = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    expected = attention("reference", query, key, value, build_mask("reference", document, window), SCALE)
+    wanted = [expected, *torch.autograd.grad((expected * direction).sum(), exact)]
+    for got, want in zip(results, wanted, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=0.03, atol=0.03)
