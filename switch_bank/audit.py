@@ -1,4 +1,4 @@
-"""Is it causal? Checks that look at a model from the outside: change what comes later, see whether anything before it moves.
+"""Is it causal? Checks from outside the model: change what comes later, see whether anything before it moves.
 
 Zero-initialised output matrices would let any model pass, so every check runs with random values in every parameter.
 """
@@ -29,7 +29,8 @@ class Finding(NamedTuple):
 
 @contextmanager
 def random_parameters(model: nn.Module, seed: int) -> Iterator[None]:
-    """Every parameter holds random values of a trained model's size within the block, and its own again after it."""
+    """Every parameter holds random values of a trained model's size within the block; after it, or an error in it,
+    its own again."""
     own = [parameter.detach().clone() for parameter in model.parameters()]
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
@@ -37,10 +38,12 @@ def random_parameters(model: nn.Module, seed: int) -> Iterator[None]:
         for parameter in model.parameters():
             fan_in = parameter.shape[-1] if parameter.ndim > 1 else 4
             parameter.copy_(torch.randn(parameter.shape, generator=generator, device=device) * fan_in**-0.5)
-    yield
-    with torch.no_grad():
-        for parameter, value in zip(model.parameters(), own, strict=True):
-            parameter.copy_(value)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(model.parameters(), own, strict=True):
+                parameter.copy_(value)
 
 
 def random_documents(config: ModelConfig, tokens: int, device: torch.device, seed: int) -> Tensor:
@@ -56,7 +59,8 @@ def random_documents(config: ModelConfig, tokens: int, device: torch.device, see
 def cut_points(tokens: int, window: int, count: int, seed: int) -> list[int]:
     """First changed tokens: at the edges of documents (`random_documents`), blocks and the window, and at random."""
     quarter, half = tokens // 4, tokens // 2
-    edges = [1, tokens - 1, quarter, quarter + 1, quarter + half, tokens // 8 + 1, 128, 127, 64, quarter + window, quarter + window - 1]
+    edges = [1, tokens - 1, quarter, quarter + 1, quarter + half, tokens // 8 + 1]
+    edges += [64, 127, 128, quarter + window - 1, quarter + window]
     edges = list(dict.fromkeys(edge for edge in edges if 0 < edge < tokens))[:count]
     generator = torch.Generator().manual_seed(seed)
     while len(edges) < count:
@@ -96,7 +100,10 @@ def check_suffix(
         moved_at += [
             f"token {int(t)} reads at least {int(own_cuts[s] - t)} ahead" for s, t in (wrong > tolerance).nonzero()[:4]
         ]
-    detail = f"{len(cuts)} cuts, {compared} losses before them, largest change {worst:.2g} (tolerance {tolerance:g}), {excused} excused by a route margin below {MARGIN:g}"
+    detail = (
+        f"{len(cuts)} cuts, {compared} losses before them, largest change {worst:.2g} (tolerance {tolerance:g}), "
+        f"{excused} excused by a route margin below {MARGIN:g}"
+    )
     if moved_at:
         detail += "; " + ", ".join(moved_at[:4])
     return Finding("suffix", worst <= tolerance, detail)
@@ -134,7 +141,9 @@ def check_gradients(model: SwitchBankGPT, state: StepState, tokens: int, seed: i
         reads_back = reads_back or bool((strength[:t] > 0).any())
     if not reads_back:
         return Finding("gradient", False, "no gradient reaches any earlier token either: nothing can be said")
-    detail = f"logits at {len(points)} positions, gradient to every later embedding " + ("exactly 0" if not ahead else "NOT 0")
+    detail = f"logits at {len(points)} positions, gradient to every later embedding " + (
+        "exactly 0" if not ahead else "NOT 0"
+    )
     if ahead:
         detail += ": " + ", ".join(f"token {t} reads up to {far} ahead" for t, far in ahead[:4])
     return Finding("gradient", not ahead, detail)

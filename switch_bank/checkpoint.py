@@ -16,8 +16,8 @@ class CheckpointError(RuntimeError):
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Writes `state` (tensors, numbers, strings, dicts, lists) to `path`, which holds the old or the new one at any
-    moment; the old one stays beside it as `<name>.previous`."""
+    """Writes `state` (tensors, numbers, strings, dicts, lists) to `path`. The old one stays beside it as
+    `<name>.previous`; a kill at any moment leaves at least one of the two, whole."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     payload = buffer.getbuffer()
@@ -35,14 +35,26 @@ def save(path: Path, state: dict[str, Any]) -> None:
 def load(path: Path) -> dict[str, Any]:
     """The state saved at `path`, on the CPU. Raises CheckpointError if it is missing, damaged or of another kind.
     Nothing in the file can run code: torch loads it with `weights_only`."""
+    previous = path.with_name(path.name + ".previous")
+    if previous.exists():
+        advice = f"the one before it is {previous}; rename it to {path.name} to resume there"
+    else:
+        advice = "start a new run, without --run.resume"
     if not path.exists():
-        raise CheckpointError(f"there is no checkpoint {path}: start the run without --run.resume")
+        raise CheckpointError(f"there is no checkpoint {path}: {advice}")
     content = path.read_bytes()
     header = len(MAGIC) + 65
-    previous = path.with_name(path.name + ".previous")
-    advice = f"; the one before it is {previous}: rename it to {path.name} to resume there" if previous.exists() else ""
     if not content.startswith(MAGIC):
-        raise CheckpointError(f"{path} is not a SwitchBank checkpoint{advice}")
+        raise CheckpointError(f"{path} is not a SwitchBank checkpoint: {advice}")
     if hashlib.sha256(content[header:]).hexdigest().encode() != content[len(MAGIC) : header - 1]:
-        raise CheckpointError(f"{path} is damaged: its checksum does not agree{advice}")
+        raise CheckpointError(f"{path} is damaged, its checksum does not agree: {advice}")
     return torch.load(io.BytesIO(content[header:]), map_location="cpu", weights_only=True)
+
+
+def copy_to_host(state: Any) -> Any:
+    """A copy of nested dicts and lists whose tensors are copies in host memory."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: copy_to_host(value) for key, value in state.items()}
+    return [copy_to_host(value) for value in state] if isinstance(state, list) else state

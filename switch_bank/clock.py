@@ -9,8 +9,8 @@ class TrainingClock:
     """Seconds of training, monotonic; runs between `start` and `stop`, each of which waits for the device."""
 
     def __init__(self, device: torch.device, seconds: float = 0.0) -> None:
-        self.device, self.passed, self.since = device, seconds, None
-        self.since: float | None
+        self.device, self.passed = device, seconds
+        self.since: float | None = None
 
     def start(self) -> None:
         self._wait()

@@ -31,7 +31,7 @@ Weight = Annotated[float, Range(0.0, 1e6)]
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The network and its router; DESIGN's letters are V, L, D, H, E, K, F."""
+    """The network and its routers. The letters are those that shapes are written in."""
 
     vocab_size: Count = 50_257  # V: token ids the data may hold; embedding and head are padded to 128
     eod_token: Annotated[int, Range(0, 10**9)] = 50_256  # the token that starts every document
@@ -74,7 +74,9 @@ class ModelConfig:
     temperature_boost: Annotated[float, Range(-0.99, 100)] = 0.2  # temperature × (1 + boost·shape)
     balance_boost: Annotated[float, Range(-1, 100)] = 0.5  # balance weights × (1 + boost·shape)
 
-    dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # of activations and matmuls; parameters are float32
+    dtype: Literal["auto", "bfloat16", "float32", "float64"] = (
+        "auto"  # of activations and matmuls; parameters are float32
+    )
     attention_backend: Literal["auto", "reference", "sdpa", "flex", "flash"] = "auto"
     bank_backend: Literal["auto", "reference", "grouped"] = "auto"
 
@@ -116,7 +118,8 @@ class ScheduleConfig:
     cap_end: Annotated[float, Range(1e-3, 1e6)] = 13.757
     cap_steps: Count = 237
     gumbel_windows: tuple[tuple[int, int], ...] = (
-        (75, 441), (459, 488), (534, 722), (900, 909), (1004, 1022), (1097, 1107), (1200, 1209), (1284, 1313), (1472, 1500),
+        (75, 441), (459, 488), (534, 722), (900, 909), (1004, 1022), (1097, 1107), (1200, 1209), (1284, 1313),
+        (1472, 1500),
     )  # fmt: skip  # steps [from, to) whose router choices carry Gumbel noise
     cooldown: Fraction = 0.65  # last share of the run over which learning rates fall to zero
     momentum_steps: Count = 300  # Muon's momentum rises over the first steps
@@ -209,29 +212,47 @@ class Config:
         for group in ("model", "schedule", "optim", "data", "run"):
             _check_bounds(group, getattr(self, group))
         model, schedule, data, run = self.model, self.schedule, self.data, self.run
-        _require(model.width % model.heads == 0, "model.width", model.width, f"a multiple of model.heads ({model.heads})")
+        _require(
+            model.width % model.heads == 0, "model.width", model.width, f"a multiple of model.heads ({model.heads})"
+        )
         _require(model.head_dim % 4 == 0, "model.width / model.heads", model.head_dim, "a multiple of 4 (rotary pairs)")
         _require(model.top_k <= model.experts, "model.top_k", model.top_k, f"at most model.experts ({model.experts})")
         _require(model.eod_token < model.vocab_size, "model.eod_token", model.eod_token, "below model.vocab_size")
-        _require(2 * model.value_embeddings <= model.layers or model.layers == 1 and model.value_embeddings <= 1,
-                 "model.value_embeddings", model.value_embeddings, f"at most half of model.layers ({model.layers})")  # fmt: skip
-        _require(all(0 <= layer < model.layers for layer in model.skip_attention),
-                 "model.skip_attention", model.skip_attention, f"layers in 0..{model.layers - 1}")  # fmt: skip
-        _require(model.lora_rank % 8 == 0, "model.lora_rank", model.lora_rank, "a multiple of 8 (grouped_mm's alignment)")
+        _require(
+            2 * model.value_embeddings <= model.layers or model.layers == 1 and model.value_embeddings <= 1,
+            "model.value_embeddings", model.value_embeddings, f"at most half of model.layers ({model.layers})",
+        )  # fmt: skip
+        _require(
+            all(0 <= layer < model.layers for layer in model.skip_attention),
+            "model.skip_attention", model.skip_attention, f"layers in 0..{model.layers - 1}",
+        )  # fmt: skip
+        _require(
+            model.lora_rank % 8 == 0, "model.lora_rank", model.lora_rank, "a multiple of 8 (grouped_mm's alignment)"
+        )
         _require(data.slice_tokens % 128 == 0, "data.slice_tokens", data.slice_tokens, "a multiple of 128")
         _require(data.val_slice_tokens % 128 == 0, "data.val_slice_tokens", data.val_slice_tokens, "a multiple of 128")
-        _require(data.slices_per_step % world_size == 0, "data.slices_per_step", data.slices_per_step,
-                 f"a multiple of the number of processes ({world_size}), which share a step's slices")  # fmt: skip
-        _require(schedule.activation[:1] != () and schedule.activation[0][0] == 0,
-                 "schedule.activation", schedule.activation, "a list of (step, share of the experts) that starts at step 0")  # fmt: skip
+        _require(
+            data.slices_per_step % world_size == 0, "data.slices_per_step", data.slices_per_step,
+            f"a multiple of the number of processes ({world_size}), which share a step's slices",
+        )  # fmt: skip
+        _require(
+            schedule.activation[:1] != () and schedule.activation[0][0] == 0,
+            "schedule.activation", schedule.activation, "a list of (step, share of the experts) that starts at step 0",
+        )  # fmt: skip
         steps, shares = zip(*schedule.activation, strict=True)
-        _require(list(steps) == sorted(steps) and list(shares) == sorted(shares) and 0 < shares[0] and shares[-1] == 1,
-                 "schedule.activation", schedule.activation, "rising steps with shares that rise from above 0 to 1")  # fmt: skip
-        _require(all(0 <= start <= end for start, end in schedule.gumbel_windows),
-                 "schedule.gumbel_windows", schedule.gumbel_windows, "pairs with from <= to")  # fmt: skip
+        _require(
+            list(steps) == sorted(steps) and list(shares) == sorted(shares) and shares[0] > 0 and shares[-1] == 1,
+            "schedule.activation", schedule.activation, "rising steps with shares that rise from above 0 to 1",
+        )  # fmt: skip
+        _require(
+            all(0 <= start <= end for start, end in schedule.gumbel_windows),
+            "schedule.gumbel_windows", schedule.gumbel_windows, "pairs with from <= to",
+        )  # fmt: skip
         _require(run.steps is None or run.steps >= 1, "run.steps", run.steps, "at least 1")
         _require(run.seconds is None or 0 < run.seconds < math.inf, "run.seconds", run.seconds, "above 0 and finite")
-        _require(run.steps is None or run.seconds is None, "run.seconds", run.seconds, "left out when run.steps is given")
+        _require(
+            run.steps is None or run.seconds is None, "run.seconds", run.seconds, "left out when run.steps is given"
+        )
         _require(all(at > 0 for at in run.val_at_seconds), "run.val_at_seconds", run.val_at_seconds, "each above 0")
         _require(all(at >= 0 for at in run.val_at_steps), "run.val_at_steps", run.val_at_steps, "each at least 0")
         for option in ("freeze_adapters_at", "prune_at"):
@@ -270,7 +291,9 @@ def _check_bounds(group: str, config: Any) -> None:
             _require(value in get_args(hint), f"{group}.{name}", value, f"one of {', '.join(map(str, get_args(hint)))}")
         for bound in getattr(hint, "__metadata__", ()):
             if isinstance(bound, Range):
-                _require(bound.low <= value <= bound.high, f"{group}.{name}", value, f"in {bound.low:g}..{bound.high:g}")
+                _require(
+                    bound.low <= value <= bound.high, f"{group}.{name}", value, f"in {bound.low:g}..{bound.high:g}"
+                )
 
 
 def parse(arguments: list[str], default_preset: str) -> Config:
@@ -288,6 +311,20 @@ def parse(arguments: list[str], default_preset: str) -> Config:
     return config
 
 
+def resumed(given: Config, saved: Config) -> Config:
+    """The configuration of a saved run, in the length fixed then, with the run options given now.
+
+    Raises ConfigError if the command line asks for another model, schedule, optimizer or data than the saved one.
+    """
+    asked = given.with_steps(saved.schedule.steps)
+    for group in ("model", "schedule", "optim", "data"):
+        then, now = dataclasses.asdict(getattr(saved, group)), dataclasses.asdict(getattr(asked, group))
+        for option, value in then.items():
+            if now[option] != value:
+                raise ConfigError(f"{group}.{option} is {now[option]} now and was {value} in the run to resume")
+    return dataclasses.replace(saved, run=dataclasses.replace(given.run, steps=saved.run.steps, seconds=None))
+
+
 def from_dict(values: dict[str, Any]) -> Config:
     """A Config from what `dataclasses.asdict` and JSON made of one; raises ConfigError at a name it does not know."""
 
@@ -300,7 +337,13 @@ def from_dict(values: dict[str, Any]) -> Config:
     def tuples(value: Any) -> Any:
         return tuple(tuples(item) for item in value) if isinstance(value, list) else value
 
-    groups = {"model": ModelConfig, "schedule": ScheduleConfig, "optim": OptimConfig, "data": DataConfig, "run": RunConfig}
+    groups = {
+        "model": ModelConfig,
+        "schedule": ScheduleConfig,
+        "optim": OptimConfig,
+        "data": DataConfig,
+        "run": RunConfig,
+    }
     if unknown := set(values) - set(groups) - {"preset"}:
         raise ConfigError(f"unknown group {sorted(unknown)[0]} in the saved configuration")
     parts = {name: build(cls, values.get(name, {}), f"{name}.") for name, cls in groups.items()}

@@ -220,6 +220,14 @@ class TokenStream:
         inputs, targets = pair.to(self.device, non_blocking=True)
         return inputs, targets
 
+    def check_length(self, steps: int) -> None:
+        """Raises DataError if `steps` steps read more than one epoch."""
+        if steps > self.steps_in_one_epoch:
+            raise DataError(
+                f"the training data lasts for {self.steps_in_one_epoch} steps and the run takes {steps}; "
+                "add shards, or allow a second epoch with --data.repeat"
+            )
+
     def epoch(self, step: int) -> int:
         """How many times the stream has started over before the first token of `step`."""
         return step * self.step_tokens // self.shards.total

@@ -1,4 +1,4 @@
-"""What a run leaves behind while it runs: log.txt, whose first part is its own source, metrics.jsonl and config.json."""
+"""What a run leaves behind while it runs: log.txt, which begins with its own source, metrics.jsonl and config.json."""
 
 import dataclasses
 import json
@@ -6,15 +6,32 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from switch_bank.config import Config
+from switch_bank.config import Config, ConfigError, RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def choose_folder(run: RunConfig, name: str) -> Path:
+    """The folder of --run.out; by default a new one under runs/, or, to resume, the newest one of that name.
+
+    Raises ConfigError where a new run would write over another one, or there is none to resume.
+    """
+    folder = Path(run.out) if run.out else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if run.resume and not run.out:
+        earlier = sorted(Path("runs").glob(f"{name}-2*/checkpoint.pt"))
+        if not earlier:
+            raise ConfigError(f"there is no run of {name} under runs/ to resume: name its folder with --run.out")
+        folder = earlier[-1].parent
+    if not run.resume and (folder / "log.txt").exists():
+        raise ConfigError(f"{folder} holds a run already: give --run.resume or another --run.out")
+    return folder
 
 
 class RunLog:

@@ -23,15 +23,12 @@ def validate(
 ) -> Validation:
     """Runs this process's batches of `data.validation_batches` through an eval-mode model; every process gets the
     result over all of them. Sums are float64, so that their split over processes does not show."""
-    loss_sum, token_count, pick_counts = None, None, None
+    sums: list[Tensor] = []
     for inputs, targets in batches:
         output = forward(inputs, targets, state, window=window)
-        batch = (output.token_losses.double().sum(), (targets != IGNORE).sum(), output.pick_counts.double())
-        if loss_sum is None:
-            loss_sum, token_count, pick_counts = batch
-        else:
-            loss_sum, token_count, pick_counts = loss_sum + batch[0], token_count + batch[1], pick_counts + batch[2]
-    assert loss_sum is not None and token_count is not None and pick_counts is not None, "every process has a batch"
+        batch = [output.token_losses.double().sum(), (targets != IGNORE).sum(), output.pick_counts.double()]
+        sums = [old + new for old, new in zip(sums, batch, strict=True)] if sums else batch
+    loss_sum, token_count, pick_counts = sums
     tokens = int(summed(token_count))
     return Validation(float(summed(loss_sum)) / tokens, tokens, summed(pick_counts).cpu())
 

@@ -1,15 +1,16 @@
 """TurboMuon: Muon's step for stacked matrices, idle experts left alone, the same weights on any number of processes."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from switch_bank.distributed import World
 from switch_bank.ops.orthogonalize import Variant, orthogonalize
 from switch_bank.optim.turbo_muon import TurboMuon
 
@@ -152,9 +153,7 @@ def test_a_saved_state_takes_the_same_next_step(tmp_path: Path) -> None:
         assert torch.equal(optimizer.state[param]["momentum_buffer"], resumed.state[other]["momentum_buffer"])
 
 
-def run_process(rank: int, processes: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=processes)
+def take_three_steps(world: World) -> dict[str, object]:
     counts: list[int] = []
 
     def counting(matrices: Tensor, variant: Variant) -> Tensor:
@@ -168,14 +167,11 @@ def run_process(rank: int, processes: int, folder: Path) -> None:
         take_steps(optimizer, params, range(3))
         result[str(dtype)] = [param.detach() for param in params]
         result[f"{dtype} momentum"] = [optimizer.state[param]["momentum_buffer"] for param in params]
-    result["counts"] = counts[:3]
-    torch.save(result, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    return result | {"counts": counts[:3]}
 
 
-def test_two_processes_share_the_work_and_end_with_the_weights_of_one(tmp_path: Path) -> None:
-    mp.spawn(run_process, args=(2, tmp_path), nprocs=2)
-    results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+def test_two_processes_share_the_work_and_end_with_the_weights_of_one(on_processes: Callable[..., list[Any]]) -> None:
+    results = on_processes(2, take_three_steps)
     for dtype in (torch.bfloat16, torch.float32):
         params = parameters()
         optimizer = TurboMuon(params, lr=0.02, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Softmax attention of a block: per-head RMS norm, half-truncated rotary, value embeddings, document and window mask."""
+"""Softmax attention of a block: per-head RMS norm, half-truncated rotary, value embeddings, documents and window."""
 
 from typing import Any
 
@@ -6,21 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from switch_bank.config import ModelConfig
 from switch_bank.ops.attention import attention
 
 SCALE = 0.12  # of the scores; q and k are normed, so it does not depend on the head's width
 
 
-class Attention(nn.Module):
-    """The matrices of one layer: qkvo [4, D, D], each (out, in); the output matrix starts at zero."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        bound = 0.5 * (3 / config.width) ** 0.5
-        self.qkvo = nn.Parameter(torch.empty(4, config.width, config.width).uniform_(-bound, bound))
-        with torch.no_grad():
-            self.qkvo[3].zero_()
+def attention_matrices(width: int) -> nn.Parameter:
+    """A layer's matrices q, k, v and o, [4, D, D], each (out, in); o starts at zero."""
+    bound = 0.5 * (3 / width) ** 0.5
+    matrices = torch.empty(4, width, width).uniform_(-bound, bound)
+    matrices[3] = 0
+    return nn.Parameter(matrices)
 
 
 def self_attention(
@@ -48,7 +44,9 @@ def rotary_tables(position: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[
     """cos and sin, [B, T, 1, head_dim / 2] each, of document positions [B, T]. The second half of the frequencies
     is zero ("half-truncated"): those channels carry content only."""
     turning = head_dim // 4
-    exponent = torch.linspace(0, 1, turning, device=position.device, dtype=torch.float64 if dtype == torch.float64 else None)
+    exponent = torch.linspace(
+        0, 1, turning, device=position.device, dtype=torch.float64 if dtype == torch.float64 else None
+    )
     frequency = F.pad((1 / 1024) ** exponent, (0, head_dim // 2 - turning))
     angle = position[..., None, None] * frequency
     return angle.cos().to(dtype), angle.sin().to(dtype)

@@ -47,13 +47,14 @@ class Bank(nn.Module):
     def of_layers(self) -> list[Experts]:
         """One Experts a layer; unbound together, so that their gradients are stacked once, not added up."""
         layers, count = self.config.layers, self.config.experts
-        shared = (self.w1, self.w2)
-        own = [shared] * layers if self.config.shared else list(zip(self.w1.split(count), self.w2.split(count), strict=True))
+        w1 = [self.w1] * layers if self.config.shared else self.w1.split(count)
+        w2 = [self.w2] * layers if self.config.shared else self.w2.split(count)
         parts = {name: part.unbind() for name, part in self.adapters.items()}
-        return [Experts(*own[i], Adapter(**{name: part[i] for name, part in parts.items()})) for i in range(layers)]
+        adapters = [Adapter(**{name: part[i] for name, part in parts.items()}) for i in range(layers)]
+        return [Experts(*of_layer) for of_layer in zip(w1, w2, adapters, strict=True)]
 
     def forward(self, experts: Experts, n: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
-        """n: [B, T, D]; chosen [B, T, K] int64 and gates [B, T, K] as `Routing` has them. Returns [B, T, D] in n's dtype."""
+        """n: [B, T, D]; chosen [B, T, K] int64 and gates [B, T, K] as in `Routing`. Returns [B, T, D] in n's dtype."""
         adapter = Adapter(*(None if part is None else part.to(n.dtype) for part in experts.adapter))
         backend = choose_backend(self.config.bank_backend, n.dtype)
         rows, chosen, gates = n.flatten(0, 1), chosen.flatten(0, 1), gates.flatten(0, 1).to(n.dtype)

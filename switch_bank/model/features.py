@@ -71,7 +71,7 @@ def leaky_reverse_ema(n: Tensor, documents: Documents, decay: float, window: int
 
 
 def ema_features(n: Tensor, documents: Documents, config: ModelConfig) -> list[Tensor]:
-    """The EMAs that the configuration asks for, [B, T, D] each, from the normalised bank input n of a group's first layer."""
+    """The EMAs that the configuration asks for, each like n [B, T, D], the bank input of a group's first layer."""
     features = []
     if config.forward_ema:
         features.append(forward_ema(n, documents.document, config.forward_decay))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from switch_bank.config import ModelConfig, compute_dtype
-from switch_bank.model.attention import Attention, rms_norm, rotary_tables, self_attention
+from switch_bank.model.attention import attention_matrices, rms_norm, rotary_tables, self_attention
 from switch_bank.model.bank import Bank, Experts
 from switch_bank.model.features import Documents, documents_of, ema_features
 from switch_bank.model.router import RouterOfLayer, Routers, Routing
@@ -41,7 +41,7 @@ class Output(NamedTuple):
     cross_entropy: Tensor  # 0-dim float32, detached: mean over the targets
     token_losses: Tensor  # [B, T] float32, detached; 0 at ignored targets
     pick_counts: Tensor  # [L, E] float32: how often the tokens that have a target picked each expert
-    margins: Tensor  # [B, T] float32: least distance over the layers between the last pick and the next best; inf in training
+    margins: Tensor  # [B, T] float32: least lead, over the layers, of the last pick over the next best; inf in training
 
 
 class SwitchBankGPT(nn.Module):
@@ -55,7 +55,7 @@ class SwitchBankGPT(nn.Module):
             nn.Embedding(config.vocab_size, config.width) for _ in range(config.value_embeddings)
         )
         groups = sorted({i // config.tied_layers for i in range(config.layers) if i not in config.skip_attention})
-        self.attention = nn.ModuleDict({str(group): Attention(config) for group in groups})
+        self.attention = nn.ParameterDict({str(group): attention_matrices(config.width) for group in groups})
         self.routers = Routers(config) if config.experts > 1 else None  # one expert leaves nothing to choose
         self.bank = Bank(config)
         # A layer's scalars: weight of its U-net skip, λ₀ of x, λ₁ of x⁰, weights of v and of the value embedding.
@@ -64,7 +64,8 @@ class SwitchBankGPT(nn.Module):
 
     @property
     def attention_backend(self) -> str:
-        return choose_backend(self.config.attention_backend, self.head.device)
+        device = self.head.device
+        return choose_backend(self.config.attention_backend, device, compute_dtype(self.config.dtype, device))
 
     def forward(
         self,
@@ -78,11 +79,17 @@ class SwitchBankGPT(nn.Module):
         """tokens, targets: [B, T] int64. Gumbel noise is drawn where a seed (0-dim int64) is given, for slices [B]
         int64 of the step. `window` in tokens replaces state.window for attention kernels that take a Python int."""
         hidden, routings, active = self.trunk(tokens, state, slices, seed, window)
-        return self.losses(hidden, targets, routings, active)
+        output = self.losses(hidden, targets, routings, active)
+        # Detached here: within a compiled part, a detached twin of the loss makes the loss come out without a gradient.
+        return output._replace(
+            cross_entropy=output.cross_entropy.detach(), token_losses=output.token_losses.detach()
+        )
 
-    def compile(self) -> None:  # type: ignore[override]
+    def compile(self) -> None:
         """Compiles the parts of the forward, each without a graph break. What differs between layers reaches a part
         as tensors, so that the graphs, and the time it takes to compile them, do not grow with the layers."""
+        # Kinds of layers, shapes, training and validation make a graph each: more than the 8 that dynamo lets pass.
+        torch._dynamo.config.recompile_limit = 256
         for part in PARTS:
             setattr(self, part, torch.compile(getattr(self, part), fullgraph=True, dynamic=False))
 
@@ -110,7 +117,7 @@ class SwitchBankGPT(nn.Module):
         for layer in range(config.layers):
             skip = outputs[SKIPS[layer]] if layer in SKIPS else None
             attends = layer not in config.skip_attention
-            qkvo = self.attention[str(layer // config.tied_layers)].qkvo if attends else None
+            qkvo = self.attention[str(layer // config.tied_layers)] if attends else None
             mask = start.long_mask if layer % 4 == 3 else start.short_mask
             value_embedding = self._value_embedding(layer, start) if attends else None
             x, n = self.attend(x, start.x0, skip, scalars[layer], qkvo, value_embedding, start.rotary, mask)
@@ -203,7 +210,7 @@ class SwitchBankGPT(nn.Module):
                 loss = loss + self.routers.auxiliary_loss(routings, active)
             else:
                 margins = torch.stack([self.routers.margin(r) for r in routings]).amin(0)
-        return Output(loss, cross_entropy.detach(), token_losses.detach().view_as(targets), pick_counts, margins)
+        return Output(loss, cross_entropy, token_losses.view_as(targets), pick_counts, margins)
 
     def logits(self, x: Tensor) -> Tensor:
         """The last block's output [..., D] -> [..., padded vocabulary], softly capped at ±15."""

@@ -71,7 +71,13 @@ class Routers(nn.Module):
         return logits.split(self.config.experts, dim=-1)
 
     def forward(
-        self, router: RouterOfLayer, n: Tensor, context: Tensor | None, state: StepState, active: Tensor, noise: Tensor | None
+        self,
+        router: RouterOfLayer,
+        n: Tensor,
+        context: Tensor | None,
+        state: StepState,
+        active: Tensor,
+        noise: Tensor | None,
     ) -> Routing:
         """n: [B, T, D], the bank's input; context: [B, T, E] of `context_logits`; noise: [B, T, E] or None."""
         config = self.config
@@ -84,7 +90,7 @@ class Routers(nn.Module):
         choice = values + router.balance_bias if config.balance == "bias" else values
         choice = choice.masked_fill(~active, -torch.inf)
         experts = choice.topk(config.top_k, dim=-1).indices
-        # Chosen by the values, weighed by the capped ones: at a low cap many tie, and a tie would go to the lower index.
+        # Chosen by the values, weighed by the capped ones: at a low cap many tie, and a tie goes to the lower index.
         capped = torch.clamp(values, -state.cap, state.cap)
         if config.score == "softmax":
             probabilities = torch.softmax(capped.masked_fill(~active, -torch.inf), dim=-1)
@@ -101,7 +107,7 @@ class Routers(nn.Module):
         return (best[..., -2] - best[..., -1]).nan_to_num(nan=torch.inf, posinf=torch.inf).float()
 
     def pick_counts(self, routing: Routing, active: Tensor, counted: Tensor) -> Tensor:
-        """[E] float32: how often each expert was picked by the tokens of counted [B, T] bool; inactive picks are none."""
+        """[E] float32: how often the tokens of counted [B, T] bool picked each expert; inactive picks are none."""
         picks = F.one_hot(routing.experts, self.config.experts).sum(dim=2) * counted[..., None]
         return (picks.sum(dim=(0, 1)) * active).float()
 

@@ -42,7 +42,9 @@ def parts(model: SwitchBankGPT) -> list[Part]:
 def forward_flops(config: ModelConfig, model_parts: list[Part], visible: float) -> float:
     """FLOPs of one token's forward: 2 for each active parameter of a matrix, and 4·D for each key that a query sees
     in each attention layer. Training takes three times as many."""
-    matrices = sum(part.active for part in model_parts if part.name in ("attention", "experts", "adapters", "routers", "head"))
+    matrices = sum(
+        part.active for part in model_parts if part.name in ("attention", "experts", "adapters", "routers", "head")
+    )
     return 2 * matrices + 4 * config.width * visible * (config.layers - len(set(config.skip_attention)))
 
 
@@ -66,5 +68,7 @@ def size_table(model: SwitchBankGPT, slice_tokens: int) -> str:
     lines.append(f"{'total':<18}{total:>14,}{active:>14,}")
     visible = mean_visible_keys(model.config, slice_tokens)
     flops = 3 * forward_flops(model.config, rows, visible)
-    lines.append(f"training FLOPs per token: {flops:.4g} (attention over {visible:,.0f} keys a query, at the longest windows)")
+    lines.append(
+        f"training FLOPs per token: {flops:.4g} (attention over {visible:,.0f} keys a query, at the longest windows)"
+    )
     return "\n".join(lines)

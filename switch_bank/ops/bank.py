@@ -69,16 +69,13 @@ def _loop_over_experts(x: Tensor, w1: Tensor, w2: Tensor, adapter: Adapter, expe
 
 def _sorted_by_expert(x: Tensor, w1: Tensor, w2: Tensor, adapter: Adapter, experts: Tensor, gates: Tensor) -> Tensor:
     """Rows sorted by expert, so that each expert is one block of rows of a grouped matrix product."""
-    top_k, count = experts.shape[1], w1.shape[0]
-    expert_of_row, order = experts.flatten().sort(stable=True)  # row: a (token, pick) pair
-    inverse = torch.empty_like(order)
-    inverse.scatter_(0, order, torch.arange(order.shape[0], device=order.device))
-    ends = torch.searchsorted(expert_of_row, torch.arange(count, device=x.device), right=True).int()
-
-    rows = _Dispatch.apply(x, order, inverse, top_k)
+    count = w1.shape[0]
+    plan = plan_rows(experts, count)
+    rows = _Gather.apply(x, plan.token_of_row, plan.row_of_pick)
     if adapter.scale is not None and adapter.bias is not None:
-        one_hot = F.one_hot(expert_of_row, count).to(x.dtype)  # a product, whose backward is a product too
+        one_hot = F.one_hot(plan.expert_of_row, count).to(x.dtype)  # a product, whose backward is a product too
         rows = rows * (one_hot @ adapter.scale) + one_hot @ adapter.bias
+    ends = plan.ends
     hidden = grouped_mm(rows, w1.mT, ends)
     if adapter.in_down is not None and adapter.in_up is not None:
         hidden = hidden + grouped_mm(grouped_mm(rows, adapter.in_down.mT, ends), adapter.in_up.mT, ends)
@@ -86,7 +83,7 @@ def _sorted_by_expert(x: Tensor, w1: Tensor, w2: Tensor, adapter: Adapter, exper
     y = grouped_mm(hidden, w2.mT, ends)
     if adapter.out_down is not None and adapter.out_up is not None:
         y = y + grouped_mm(grouped_mm(hidden, adapter.out_down.mT, ends), adapter.out_up.mT, ends)
-    picks = _Permute.apply(y, inverse, order).view(-1, top_k, x.shape[1])
+    picks = _Gather.apply(y, plan.row_of_pick.flatten(), plan.pick_of_row[:, None]).view(*experts.shape, -1)
     return (picks * gates[..., None]).sum(dim=1)
 
 
@@ -122,31 +119,61 @@ def _opaque_backward(ctx, grad):  # type: ignore[no-untyped-def]
 _opaque_grouped_mm.register_autograd(_opaque_backward, setup_context=_save_for_backward)
 
 
-class _Permute(torch.autograd.Function):
-    """x[permutation]; its backward is the inverse permutation, not a scatter with additions."""
+class RowPlan(NamedTuple):
+    """Where each pick, a (token, k) pair of N tokens and K picks, stands among R rows sorted by expert.
+
+    An expert's rows begin at a multiple of ALIGN; the rows between belong to no pick: their index is one past the end.
+    """
+
+    row_of_pick: Tensor  # [N, K] int64
+    pick_of_row: Tensor  # [R] int64, N·K where there is none
+    token_of_row: Tensor  # [R] int64, N where there is none
+    expert_of_row: Tensor  # [R] int64
+    ends: Tensor  # [E] int32: one past the last row of each expert; the last expert's rows reach to R
+
+
+# Rows of an expert, rounded up. On a CPU, oneDNN compiles a kernel for each new number of rows, which costs more than
+# the product: multiples of 32 are few enough to be compiled once. CUDA's grouped_mm wants steps of 16 bytes.
+ALIGN = 32
+
+
+def plan_rows(experts: Tensor, count: int) -> RowPlan:
+    """experts: [N, K] int64 in 0..count-1. All shapes are static: R = N·K + count·ALIGN, rounded down to ALIGN."""
+    tokens, top_k = experts.shape
+    picks = tokens * top_k
+    size = (picks + count * ALIGN) // ALIGN * ALIGN
+    sorted_experts, pick = experts.flatten().sort(stable=True)
+    bounds = torch.searchsorted(sorted_experts, torch.arange(count + 1, device=experts.device))  # in sorted picks
+    rows = (bounds.diff() + ALIGN - 1) // ALIGN * ALIGN
+    ends = rows.cumsum(0)
+    starts = ends - rows
+    row = (starts - bounds[:-1])[sorted_experts] + torch.arange(picks, device=experts.device)
+    row_of_pick = torch.empty_like(pick).scatter_(0, pick, row)
+    pick_of_row = pick.new_full((size,), picks).scatter_(0, row, pick)
+    ends[-1] = size
+    expert_of_row = torch.searchsorted(ends, torch.arange(size, device=experts.device), right=True)
+    return RowPlan(row_of_pick.view(tokens, top_k), pick_of_row, pick_of_row // top_k, expert_of_row, ends.int())
+
+
+class _Gather(torch.autograd.Function):
+    """Row r of the result is x[source[r]], or zeros where source[r] is one past the end.
+
+    back: [rows of x, M], the rows of the result that came from each row of x (one past the end: none), so that the
+    backward is a gather too, and a sum over M, instead of a scatter with additions.
+    """
 
     @staticmethod
-    def forward(ctx, x, permutation, inverse):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(inverse)
-        return x[permutation]
+    def forward(ctx, x, source, back):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(back)
+        return _take(x, source)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        (inverse,) = ctx.saved_tensors
-        return grad[inverse], None, None
+        (back,) = ctx.saved_tensors
+        return _take(grad, back.flatten()).unflatten(0, back.shape).sum(dim=1), None, None
 
 
-class _Dispatch(torch.autograd.Function):
-    """Row r of the result is the token of pick order[r]; its backward gathers a token's picks and adds them."""
-
-    @staticmethod
-    def forward(ctx, x, order, inverse, top_k):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(inverse)
-        ctx.top_k = top_k
-        return x[order // top_k]
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        (inverse,) = ctx.saved_tensors
-        picks = grad[inverse]
-        return picks if ctx.top_k == 1 else picks.unflatten(0, (-1, ctx.top_k)).sum(dim=1), None, None, None
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """x[index] with zeros where the index is one past the end."""
+    inside = index < x.shape[0]
+    return torch.where(inside[:, None], x[index.clamp(max=x.shape[0] - 1)], 0.0)

@@ -19,7 +19,7 @@ def mix(x: Tensor) -> Tensor:
 
 
 def gumbel(seed: Tensor | int, step: Tensor, slices: Tensor, tokens: int, layer: Tensor | int, experts: int) -> Tensor:
-    """Gumbel(0, 1) draws [B, tokens, experts] in float32; seed and step: 0-dim, slices: [B] int64 indices within the step."""
+    """Gumbel(0, 1) draws [B, tokens, experts] in float32; seed, step: 0-dim; slices: [B] int64, indices in the step."""
     device = slices.device
     of_slice = mix(mix(step.long() + mix(torch.as_tensor(seed, device=device))) + slices)
     of_token = mix(mix(of_slice + layer)[:, None] + torch.arange(tokens, device=device))

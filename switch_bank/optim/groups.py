@@ -13,9 +13,9 @@ def parameter_groups(model: SwitchBankGPT) -> dict[str, list[nn.Parameter]]:
     """Every parameter of the model, once, by the name of its group."""
     bank, routers = model.bank, model.routers
     return {
-        "attention": [module.qkvo for module in model.attention.values()],
+        "attention": list(model.attention.values()),
         "experts": [parameter for name, parameter in bank.named_parameters() if not name.startswith("adapters")],
-        "embeddings": [model.embedding.weight, *model.value_embeddings.parameters()],
+        "embeddings": [*model.embedding.parameters(), *model.value_embeddings.parameters()],
         "head": [model.head],
         "routers": [] if routers is None else [routers.weight, routers.bias],
         "adapters": list(bank.adapters.values()),
@@ -37,7 +37,10 @@ def build_optimizers(model: SwitchBankGPT, config: Config) -> tuple[TurboMuon, t
         "adapters": optim.adapter_lr, "scalars": optim.scalar_lr,
     }  # fmt: skip
     adam = torch.optim.AdamW(
-        [dict(params=params, name=name, lr=rates[name], base_lr=rates[name]) for name, params in groups.items() if params],
+        [
+            dict(params=params, name=name, lr=rates[name], base_lr=rates[name])
+            for name, params in groups.items() if params
+        ],
         betas=optim.adam_betas, eps=1e-10, weight_decay=0.0, fused=True,
     )  # fmt: skip
     return muon, adam

@@ -31,6 +31,10 @@ def inputs_of(top_k: int = 2, dtype: torch.dtype = torch.float32) -> tuple[Tenso
     return n, experts, torch.rand(2, 30, top_k, generator=generator)
 
 
+def run(bank: Bank, n: Tensor, layer: int, experts: Tensor, gates: Tensor) -> Tensor:
+    return bank(bank.of_layers()[layer], n, experts, gates)
+
+
 def ffn(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     return F.relu(x @ w1.T).square() @ w2.T
 
@@ -53,7 +57,7 @@ def test_a_layers_result_is_the_gated_sum_of_its_picks_with_its_own_adapters(ada
                     w2 = w2 + parts["out_up"][e] @ parts["out_down"][e]
                 gate = (gates * (experts == e)).sum(-1, keepdim=True)
                 expected = expected + gate * ffn(x, w1, w2)
-            torch.testing.assert_close(bank(n, layer, experts, gates), expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(run(bank, n, layer, experts, gates), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("backend", ["reference", "grouped"])
@@ -70,15 +74,15 @@ def test_unshared_experts_are_a_bank_for_each_layer(adapter: str, backend: str) 
             alone.w2.copy_(unshared.w2[own])
             for name, part in alone.adapters.items():
                 part.copy_(unshared.adapters[name])
-        assert torch.equal(unshared(n, layer, experts, gates), alone(n, layer, experts, gates))
+        assert torch.equal(run(unshared, n, layer, experts, gates), run(alone, n, layer, experts, gates))
 
 
 def test_layers_of_a_shared_bank_use_the_same_experts_and_of_an_unshared_one_only_their_own() -> None:
     n, experts, gates = inputs_of()
     shared, unshared = (bank_of(shared=on, adapter="none") for on in (True, False))
-    assert torch.equal(shared(n, 0, experts, gates), shared(n, 2, experts, gates))
-    assert not torch.equal(unshared(n, 0, experts, gates), unshared(n, 2, experts, gates))
-    unshared(n, 1, experts, gates).sum().backward()
+    assert torch.equal(run(shared, n, 0, experts, gates), run(shared, n, 2, experts, gates))
+    assert not torch.equal(run(unshared, n, 0, experts, gates), run(unshared, n, 2, experts, gates))
+    run(unshared, n, 1, experts, gates).sum().backward()
     gradient = unshared.w1.grad
     assert gradient is not None
     assert (gradient[:4] == 0).all() and (gradient[4:8] != 0).any() and (gradient[8:] == 0).all()
@@ -89,14 +93,14 @@ def test_the_result_has_the_activations_dtype_and_parameters_stay_float32() -> N
         bank = bank_of(adapter=adapter, always_on_expert=True)
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
             n, experts, gates = inputs_of(dtype=dtype)
-            assert bank(n, 0, experts, gates).dtype == dtype
+            assert run(bank, n, 0, experts, gates).dtype == dtype
         assert all(part.dtype == torch.float32 for part in bank.parameters())
 
 
 def test_the_always_on_expert_serves_every_token_also_those_without_a_pick() -> None:
     bank = bank_of(always_on_expert=True)
     n, experts, gates = inputs_of()
-    y = bank(n, 0, experts, torch.zeros_like(gates))
+    y = run(bank, n, 0, experts, torch.zeros_like(gates))
     torch.testing.assert_close(y, ffn(n, bank.always_w1[0], bank.always_w2[0]), rtol=1e-4, atol=1e-5)
     y.sum().backward()
     assert bank.always_w1.grad is not None and (bank.always_w1.grad != 0).any()
@@ -131,11 +135,11 @@ def test_a_new_bank_adds_nothing_and_its_adapters_change_nothing(adapter: str) -
     options: dict[str, Any] = dict(adapter=adapter, always_on_expert=True)
     bank = Bank(replace(BASE, **options))
     n, experts, gates = inputs_of()
-    assert (bank(n, 0, experts, gates) == 0).all()
+    assert (run(bank, n, 0, experts, gates) == 0).all()
     with torch.no_grad():
         bank.w2.normal_()
     plain = Bank(replace(BASE, adapter="none"))
     with torch.no_grad():
         plain.w1.copy_(bank.w1)
         plain.w2.copy_(bank.w2)
-    torch.testing.assert_close(bank(n, 1, experts, gates), plain(n, 1, experts, gates))
+    torch.testing.assert_close(run(bank, n, 1, experts, gates), run(plain, n, 1, experts, gates))

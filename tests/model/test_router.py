@@ -37,7 +37,7 @@ def tokens_of(batch: int = 2, tokens: int = 50, seed: int = 0) -> Tensor:
 
 
 def route(routers: Routers, n: Tensor, at: StepState, layer: int = 1, noise: Tensor | None = None) -> Routing:
-    return routers(n, None, layer, at, routers.active(at), noise)
+    return routers(routers.of_layers()[layer], n, None, at, routers.active(at), noise)
 
 
 def routing_of(probabilities: Tensor, experts: Tensor, logits: Tensor | None = None) -> Routing:
@@ -141,7 +141,7 @@ def test_a_balance_bias_moves_choices_and_leaves_gates_as_they_are() -> None:
 def test_the_balance_bias_evens_out_a_skewed_load(scope: str) -> None:
     routers = routers_of(balance="bias", balance_scope=scope, bias_step=0.05)
     with torch.no_grad():
-        routers.bias += torch.tensor([3.0, 1.0, 0.0, 0.0, -1.0, -2.0])
+        routers.bias.add_(torch.tensor([3.0, 1.0, 0.0, 0.0, -1.0, -2.0]))
     n, at = tokens_of(batch=4, tokens=200), state(active=5)
     active, counted = routers.active(at), torch.ones(4, 200, dtype=torch.bool)
 
@@ -371,31 +371,23 @@ def test_context_logits_are_what_the_whole_router_input_would_give() -> None:
     generator = torch.Generator().manual_seed(3)
     forward, reverse = (torch.randn(2, 50, width, generator=generator) for _ in range(2))
     flags = (torch.rand(2, 50, 11, generator=generator) < 0.5).float()
-    context = routers.context_logits([forward, reverse, flags], range(1, 3))
-    assert context is not None and context.shape == (2, 2, 50, 6)
-    n = tokens_of()
-    for layer in (1, 2):
-        routing = routers(n, context[layer - 1], layer, state(), routers.active(state()), None)
+    of_layers, n = routers.of_layers(), tokens_of()
+    contexts = routers.context_logits([forward, reverse, flags], (of_layers[1].weight, of_layers[2].weight))
+    assert len(contexts) == 2
+    for layer, context in zip((1, 2), contexts, strict=True):
+        routing = routers(of_layers[layer], n, context, state(), routers.active(state()), None)
         whole = torch.cat([n, forward, reverse, flags], dim=-1) @ routers.weight[layer].T + routers.bias[layer]
         torch.testing.assert_close(routing.logits, whole, rtol=1e-4, atol=1e-4)
-    assert routers_of().context_logits([], range(3)) is None
+    assert routers_of().context_logits([], (of_layers[0].weight,)) == ()
 
 
-def test_noise_belongs_to_a_slice_and_a_layer_and_reaches_the_choice_and_the_gate() -> None:
+def test_noise_moves_the_choice_and_the_gate_alike() -> None:
     routers, n = routers_of(), tokens_of()
-    at = state(step=7)
-    noise = routers.noise(torch.tensor(3), at, torch.tensor([4, 9]), 50, 1)
-    assert noise.shape == (2, 50, 6)
-    assert torch.equal(noise[1:], routers.noise(torch.tensor(3), at, torch.tensor([9]), 50, 1))
-    for other in (
-        routers.noise(torch.tensor(3), at, torch.tensor([4, 9]), 50, 2),
-        routers.noise(torch.tensor(4), at, torch.tensor([4, 9]), 50, 1),
-        routers.noise(torch.tensor(3), state(step=8), torch.tensor([4, 9]), 50, 1),
-    ):
-        assert (other != noise).float().mean() > 0.99
-    quiet, noisy = route(routers, n, at), route(routers, n, at, noise=noise)
-    assert not torch.equal(quiet.experts, noisy.experts) and not torch.equal(quiet.probabilities, noisy.probabilities)
-    assert torch.equal(quiet.logits, noisy.logits)
+    noise = torch.zeros(2, 50, 6)
+    noise[..., 4] = 1000.0
+    quiet, noisy = route(routers, n, state()), route(routers, n, state(), noise=noise)
+    assert (noisy.experts == 4).all() and not (quiet.experts == 4).all()
+    assert (noisy.gates > quiet.probabilities[..., 4:5]).all() and torch.equal(quiet.logits, noisy.logits)
 
 
 @pytest.mark.parametrize("balance", ["aux", "bias"])

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
-from switch_bank.ops.bank import Adapter, _opaque_grouped_mm, choose_backend, expert_ffn
+from switch_bank.ops.bank import ALIGN, Adapter, _opaque_grouped_mm, choose_backend, expert_ffn, plan_rows
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 RANK = 8
@@ -110,6 +112,61 @@ def test_the_reference_is_the_formula(adapter: str, top_k: int) -> None:
 def test_grouped_gives_the_values_and_gradients_of_the_formula(shape: dict, adapter: str) -> None:
     problem = Problem(**shape, adapter=adapter, dtype=torch.float32)
     assert_equal(problem.solve("grouped"), problem.solve_by_definition(), 3e-5)
+
+
+@given(
+    tokens=st.integers(1, 3 * ALIGN + 1), experts=st.integers(1, 12), top_k=st.integers(1, 3),
+    adapter=st.sampled_from(["none", "scale_bias", "lora"]), used=st.integers(1, 12),
+)  # fmt: skip
+def test_grouped_is_the_reference_whatever_the_shape_and_the_load(
+    tokens: int, experts: int, top_k: int, adapter: str, used: int
+) -> None:
+    used = max(min(used, experts), min(top_k, experts))
+    problem = Problem(tokens, experts, min(top_k, experts), adapter=adapter, dtype=torch.float32, used=[*range(used)])
+    expected = {name: want.double() for name, want in problem.solve("reference").items()}
+    assert_equal(problem.solve("grouped"), expected, 3e-5)
+
+
+@st.composite
+def picks(draw: st.DrawFn) -> tuple[Tensor, int]:
+    """experts [N, K] of a number of experts: even, skewed or all on one, an expert more than once in a row included."""
+    tokens, top_k, count = draw(st.integers(1, 200)), draw(st.integers(1, 4)), draw(st.sampled_from([1, 2, 5, 16, 128]))
+    highest = draw(st.integers(1, count))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    return (count - 1 - torch.randint(highest, (tokens, top_k), generator=generator)), count
+
+
+@given(picks())
+def test_a_plan_gives_every_pick_one_row_among_those_of_its_expert(drawn: tuple[Tensor, int]) -> None:
+    experts, count = drawn
+    plan = plan_rows(experts, count)
+    rows, number = plan.pick_of_row.numel(), experts.numel()
+    of_pick = plan.row_of_pick.flatten()
+    assert plan.row_of_pick.shape == experts.shape and of_pick.unique().numel() == number
+    assert torch.equal(plan.pick_of_row[of_pick], torch.arange(number))
+    assert torch.equal(plan.expert_of_row[of_pick], experts.flatten())
+    assert torch.equal(plan.token_of_row[plan.row_of_pick], torch.arange(len(experts))[:, None].expand_as(experts))
+    # Rows of no pick say so: their index is one past the end.
+    spare = torch.ones(rows, dtype=torch.bool).index_fill(0, of_pick, False)
+    assert (plan.pick_of_row[spare] == number).all() and (plan.token_of_row[spare] == len(experts)).all()
+    # Picks keep their order within an expert, so that the sums over its rows have one order.
+    for expert in experts.unique().tolist():
+        assert (of_pick[experts.flatten() == expert].diff() == 1).all()
+
+
+@given(picks())
+def test_the_rows_of_an_expert_are_one_aligned_block_and_the_blocks_fill_all_rows(drawn: tuple[Tensor, int]) -> None:
+    experts, count = drawn
+    plan = plan_rows(experts, count)
+    rows = plan.pick_of_row.numel()
+    assert plan.ends.dtype == torch.int32 and plan.ends.shape == (count,) and plan.ends[-1] == rows
+    starts = torch.cat([plan.ends.new_zeros(1), plan.ends[:-1]])
+    assert (starts % ALIGN == 0).all() and (starts <= plan.ends).all()
+    index = torch.arange(rows)
+    assert (starts[plan.expert_of_row] <= index).all() and (index < plan.ends[plan.expert_of_row]).all()
+    # What the rounding adds is bounded, and depends on shapes alone.
+    other = plan_rows(torch.zeros_like(experts), count)
+    assert rows % ALIGN == 0 and other.pick_of_row.numel() == rows <= experts.numel() + count * ALIGN
 
 
 @pytest.mark.parametrize("adapter", ["none", "scale_bias", "lora"])

@@ -1,0 +1,184 @@
+"""Checkpoints: what was saved comes back to the bit, and a file that cannot be trusted is refused with advice."""
+
+import hashlib
+import io
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from switch_bank.checkpoint import MAGIC, CheckpointError, copy_to_host, load, save
+
+
+def state_of(step: int = 7) -> dict[str, Any]:
+    """All kinds of things that a run's state is made of."""
+    generator = torch.Generator().manual_seed(step)
+    weights = torch.randn(3, 40, generator=generator)
+    weights[0, :4] = torch.tensor([float("nan"), float("inf"), -0.0, 1e-45])
+    return {
+        "step": step, "seconds": 0.1 + 0.2, "name": "nano äöü", "nothing": None, "flag": True,
+        "readings": [60.0, 120.0],
+        "model": {"weights": weights, "half": weights.bfloat16(), "pruned": weights[0] > 0, "scalar": torch.tensor(3)},
+        "optimizer": {"state": {0: {"momentum": weights.T}}, "groups": [{"lr": 0.1, "betas": (0.8, 0.95)}]},
+        "config": {"activation": [[0, 0.125], [75, 1.0]]},
+    }  # fmt: skip
+
+
+def same(one: Any, two: Any) -> bool:
+    """Equal in type and value, tensors to the bit."""
+    if type(one) is not type(two):
+        return False
+    if isinstance(one, torch.Tensor):
+        bits = [part.contiguous().flatten().view(torch.uint8) for part in (one, two)]
+        return one.dtype == two.dtype and one.shape == two.shape and torch.equal(*bits)
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(two) and all(map(same, one, two))
+    return one == two
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "checkpoint.pt"
+
+
+def test_a_state_comes_back_to_the_bit(path: Path) -> None:
+    save(path, state_of())
+    assert same(load(path), state_of()) and not same(load(path), state_of(8))
+    assert [file.name for file in path.parent.iterdir()] == ["checkpoint.pt"]
+
+
+def test_an_optimizers_state_comes_back_and_takes_the_same_step(path: Path) -> None:
+    parameters = [torch.nn.Parameter(torch.ones(4, 3))]
+    adam = torch.optim.AdamW(parameters, lr=0.1, fused=True)
+    parameters[0].grad = torch.randn(4, 3)
+    adam.step()
+    save(path, {"weights": parameters[0].detach(), "adam": adam.state_dict()})
+    adam.step()
+    saved = load(path)
+    again = [torch.nn.Parameter(saved["weights"])]
+    resumed = torch.optim.AdamW(again, lr=9.0, fused=True)
+    resumed.load_state_dict(saved["adam"])
+    again[0].grad = parameters[0].grad
+    resumed.step()
+    assert torch.equal(again[0], parameters[0])
+
+
+def test_the_one_before_is_kept_beside_it(path: Path) -> None:
+    previous = path.with_name("checkpoint.pt.previous")
+    for step in range(3):
+        save(path, state_of(step))
+        assert load(path)["step"] == step
+        assert load(previous)["step"] == step - 1 if step else not previous.exists()
+    assert {file.name for file in path.parent.iterdir()} == {path.name, previous.name}
+
+
+def test_a_save_that_was_killed_leaves_the_state_before_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(path, state_of(1))
+    leftover = path.with_name("checkpoint.pt.tmp")
+    leftover.write_bytes(path.read_bytes()[:500])
+    assert load(path)["step"] == 1
+    save(path, state_of(2))
+    assert load(path)["step"] == 2 and not leftover.exists()
+
+    # At every rename: before it, and so between the two as well, one whole state is there.
+    replace, previous = os.replace, path.with_name("checkpoint.pt.previous")
+    for allowed in (0, 1):
+        renames = iter(range(allowed))
+
+        def killed(source: Path, target: Path, renames: Any = renames) -> None:
+            if next(renames, None) is None:
+                raise KeyboardInterrupt
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save(path, state_of(3))
+        assert load(path if allowed == 0 else previous)["step"] == 2
+    with pytest.raises(CheckpointError, match=r"there is no checkpoint .*previous; rename it to checkpoint\.pt"):
+        load(path)
+
+
+@given(data=st.data())
+def test_one_damaged_byte_is_found_wherever_it_is(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    path = tmp_path_factory.mktemp("damaged") / "checkpoint.pt"
+    save(path, state_of())
+    content = bytearray(path.read_bytes())
+    # The newline after the checksum is layout alone: it says nothing that could be wrong.
+    at = data.draw(st.integers(0, len(content) - 1).filter(lambda index: index != len(MAGIC) + 64))
+    content[at] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="is damaged, its" if at >= len(MAGIC) else "is not a SwitchBank"):
+        load(path)
+
+
+@pytest.mark.parametrize("kept", [0, 1, len(MAGIC) - 1, len(MAGIC), len(MAGIC) + 30, len(MAGIC) + 65, 1000, -1])
+def test_a_truncated_file_is_refused(path: Path, kept: int) -> None:
+    save(path, state_of())
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt is .*: start a new run, without --run\.resume"):
+        load(path)
+
+
+def test_a_foreign_file_is_refused(path: Path) -> None:
+    torch.save(state_of(), path)
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt is not a SwitchBank checkpoint: start a new run"):
+        load(path)
+
+
+def test_a_missing_file_is_named(path: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=rf"there is no checkpoint {path}: start a new run, without --run\.resume"
+    ):
+        load(path)
+
+
+def test_the_one_before_is_offered_where_the_last_one_cannot_be_used(path: Path) -> None:
+    for step in range(2):
+        save(path, state_of(step))
+    for content in (path.read_bytes()[:-1], b"something else"):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"checkpoint\.pt\.previous; rename it to checkpoint\.pt to resume"):
+            load(path)
+    path.with_name("checkpoint.pt.previous").rename(path)
+    assert load(path)["step"] == 0
+
+
+class Code:
+    """Would make a folder when unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+def test_code_in_a_file_does_not_run(path: Path) -> None:
+    buffer, trace = io.BytesIO(), path.parent / "it ran"
+    torch.save({"step": 1, "more": Code(trace)}, buffer)
+    payload = buffer.getvalue()
+    path.write_bytes(MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
+    with pytest.raises(pickle.UnpicklingError):
+        load(path)
+    assert not trace.exists()
+    torch.load(io.BytesIO(payload), weights_only=False)  # the file is a trap indeed
+    assert trace.exists()
+
+
+def test_a_copy_to_the_host_stays_what_it_was() -> None:
+    state = state_of()
+    copied = copy_to_host(state)
+    assert same(copied, state)
+    state["model"]["weights"].zero_()
+    state["optimizer"]["groups"][0]["lr"] = 1.0
+    state["readings"].pop()
+    assert same(copied, state_of())

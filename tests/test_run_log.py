@@ -1,0 +1,143 @@
+"""What a run leaves behind: its source first, one JSON object a line, and after a resume one unbroken record."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import switch_bank
+from switch_bank import run_log
+from switch_bank.config import ConfigError, RunConfig, from_dict, presets
+
+PACKAGE = Path(switch_bank.__file__).parent
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current directory, where runs/ will be."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_source_begins_with_the_trainer_and_holds_every_module_whole() -> None:
+    source, trainer = run_log.source(), (PACKAGE.parent / "train_switch_bank.py").read_text(encoding="utf-8")
+    assert source.startswith("===== train_switch_bank.py\n" + trainer)
+    modules = sorted(PACKAGE.rglob("*.py"))
+    assert len(modules) > 20
+    for module in modules:
+        name = module.relative_to(PACKAGE.parent).as_posix()
+        assert f"===== {name}\n{module.read_text(encoding='utf-8')}" in source
+    titles = [line for line in source.splitlines() if line.startswith("===== ")]
+    assert len(titles) == len(set(titles)) == len(modules) + 1
+
+
+def test_the_environment_names_versions_and_hardware() -> None:
+    lines = run_log.environment(torch.device("cpu"), 2).splitlines()
+    assert lines[0].startswith("python 3.")
+    assert f"torch {torch.__version__}" in lines and f"threads {torch.get_num_threads()}" in lines
+    assert any(line.startswith(f"processes 2 on {os.cpu_count()} CPU cores (") for line in lines)
+    assert not any("cuda" in line for line in lines if not line.startswith(("torch", "triton")))
+
+
+def test_lines_and_metrics_are_in_their_files_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "a" / "run"
+    log = run_log.RunLog(folder, is_first=True)
+    log.line("source\nof the run äöü", console=False)
+    log.line("step:0/10 val_loss:9.1")
+    log.metrics("val", {"step": 0, "val_loss": 9.1, "val_tokens": 1000})
+    log.metrics("train", {"step": 1, "train_loss": 8.5})
+    log.progress("only for a terminal")
+    assert (folder / "log.txt").read_text(encoding="utf-8") == "source\nof the run äöü\nstep:0/10 val_loss:9.1\n"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [
+        {"kind": "val", "step": 0, "val_loss": 9.1, "val_tokens": 1000},
+        {"kind": "train", "step": 1, "train_loss": 8.5},
+    ]
+    assert capsys.readouterr().out == "step:0/10 val_loss:9.1\n"
+
+
+def test_all_processes_but_the_first_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = run_log.RunLog(tmp_path / "run", is_first=False)
+    log.line("nothing")
+    log.metrics("train", {"step": 1})
+    log.progress("nothing")
+    assert log.sizes() == {} and not (tmp_path / "run").exists() and capsys.readouterr().out == ""
+
+
+def test_a_new_log_is_never_written_over_another_one(tmp_path: Path) -> None:
+    run_log.RunLog(tmp_path, is_first=True).line("the first run")
+    with pytest.raises(FileExistsError):
+        run_log.RunLog(tmp_path, is_first=True)
+    assert (tmp_path / "log.txt").read_text() == "the first run\n"
+
+
+def test_a_resumed_run_cuts_back_to_its_checkpoint_and_goes_on(tmp_path: Path) -> None:
+    log = run_log.RunLog(tmp_path, is_first=True)
+    for step in range(3):
+        log.line(f"step {step} äöü")
+        log.metrics("train", {"step": step})
+        if step == 1:
+            sizes = log.sizes()
+    log.line("half a li")
+    assert sizes == {
+        "log.txt": 2 * len("step 0 äöü\n".encode()),
+        "metrics.jsonl": 2 * len('{"kind": "train", "step": 0}\n'),
+    }
+    run_log.cut_back(tmp_path, sizes)
+    again = run_log.RunLog(tmp_path, is_first=True, append=True)
+    assert again.sizes() == sizes
+    for step in range(2, 4):
+        again.line(f"step {step} äöü")
+        again.metrics("train", {"step": step})
+    assert (tmp_path / "log.txt").read_text(encoding="utf-8").splitlines() == [f"step {step} äöü" for step in range(4)]
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [0, 1, 2, 3]
+
+
+def test_the_configuration_is_written_as_it_is(tmp_path: Path) -> None:
+    for config in presets.values():
+        config = config.with_steps(123)
+        run_log.write_config(tmp_path, config)
+        assert from_dict(json.loads((tmp_path / "config.json").read_text())) == config
+    assert math.isclose(json.loads((tmp_path / "config.json").read_text())["optim"]["head_lr"], 1 / 320)
+
+
+# --- The folder of a run
+
+
+def test_a_run_gets_a_new_folder_by_name_and_time_or_the_one_it_asks_for(here: Path) -> None:
+    folder = run_log.choose_folder(RunConfig(), "nano")
+    assert folder.parent == Path("runs") and folder.name.startswith("nano-2") and not folder.exists()
+    assert run_log.choose_folder(RunConfig(out="somewhere/else"), "nano") == Path("somewhere/else")
+    (here / "empty").mkdir()
+    assert run_log.choose_folder(RunConfig(out="empty"), "nano") == Path("empty")
+
+
+def test_a_folder_that_holds_a_run_is_refused_but_to_resume(here: Path) -> None:
+    run_log.RunLog(here / "mine", is_first=True)
+    with pytest.raises(ConfigError, match="^mine holds a run already: give --run.resume or another --run.out$"):
+        run_log.choose_folder(RunConfig(out="mine"), "nano")
+    assert run_log.choose_folder(RunConfig(out="mine", resume=True), "nano") == Path("mine")
+
+
+def test_to_resume_finds_the_newest_run_of_that_name(here: Path) -> None:
+    resume = RunConfig(resume=True)
+    with pytest.raises(
+        ConfigError, match="there is no run of nano under runs/ to resume: name its folder with --run.out"
+    ):
+        run_log.choose_folder(resume, "nano")
+    for name in (
+        "nano-20250102-090000",
+        "nano-20250101-230000",
+        "nano-NOT-CAUSAL-20260101-000000",
+        "small-20270101-000000",
+    ):
+        folder = here / "runs" / name
+        folder.mkdir(parents=True)
+        (folder / "checkpoint.pt").touch()
+    (here / "runs" / "nano-20250103-000000").mkdir()  # was killed before its first checkpoint
+    assert run_log.choose_folder(resume, "nano") == Path("runs/nano-20250102-090000")
+    assert run_log.choose_folder(resume, "nano-NOT-CAUSAL").name == "nano-NOT-CAUSAL-20260101-000000"
