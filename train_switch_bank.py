@@ -276,9 +276,9 @@ def main(config: Config, world: World) -> None:
     if device.type == "cuda":
         log.line(f"peak memory: {torch.cuda.max_memory_allocated() // 2**20} MiB")
     log.line(f"graphs compiled before step 0: {graphs_before}, after it: {compiled_graphs() - graphs_before}")
-    active = schedules.active_experts(steps, config.schedule, config.model.experts)
-    share = least_share(validation.pick_counts, active)
-    log.line(f"least used expert: {share:.2f} of an even share of the bank's validation tokens")
+    if model.routers is not None:
+        share = least_share(validation.pick_counts, model.routers.active(states[steps]))
+        log.line(f"least used expert: {share:.2f} of an even share of the bank's validation tokens")
     log.line(
         f"result: val_loss {validation.loss:.4f} over {validation.tokens} tokens after {steps} steps, "
         f"{clock.seconds:.1f} s of training, seed {run.seed}, resumed {times_resumed} times, {causal} ({folder})"

@@ -78,7 +78,7 @@ def check_suffix(
     Targets are held fixed, so that the loss of a token is a function of its logits alone. `slices` slices of
     `tokens` tokens go through together, each with a cut of its own.
     """
-    worst, excused, compared, moved_at = 0.0, 0, 0, []
+    worst, excused, compared, moves, moved_at = 0.0, 0, 0, False, []
     cuts = cut_points(tokens, int(state.window), cuts_in_all, seed)
     for start in range(0, len(cuts), slices):
         own_cuts = torch.tensor([cuts[(start + row) % len(cuts)] for row in range(slices)], device=device)
@@ -89,7 +89,9 @@ def check_suffix(
         before_cut = torch.arange(tokens, device=device) < own_cuts[:, None]
         one = forward(text, targets, state, window=window)
         two = forward(torch.where(before_cut, text, other), targets, state, window=window)
-        difference = torch.where(before_cut, (one.token_losses - two.token_losses).abs(), 0.0)
+        difference = (one.token_losses - two.token_losses).abs()
+        moves = moves or bool((difference[~before_cut] > 0).any())
+        difference = torch.where(before_cut, difference, 0.0)
         # A flipped route changes its token and, through attention and state, all that follow it.
         flippable = one.margins.cummin(dim=1).values < MARGIN
         excused += int((flippable & (difference > tolerance)).sum())
@@ -100,6 +102,8 @@ def check_suffix(
         moved_at += [
             f"token {int(t)} reads at least {int(own_cuts[s] - t)} ahead" for s, t in (wrong > tolerance).nonzero()[:4]
         ]
+    if not moves:
+        return Finding("suffix", False, "nothing moves after a change either: nothing can be said")
     detail = (
         f"{len(cuts)} cuts, {compared} losses before them, largest change {worst:.2g} (tolerance {tolerance:g}), "
         f"{excused} excused by a route margin below {MARGIN:g}"

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ class CheckpointError(RuntimeError):
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Writes `state` (tensors, numbers, strings, dicts, lists) to `path`. The old one stays beside it as
-    `<name>.previous`; a kill at any moment leaves at least one of the two, whole."""
+    `<name>.previous`."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     payload = buffer.getbuffer()
@@ -28,7 +29,11 @@ def save(path: Path, state: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     if path.exists():
-        os.replace(path, path.with_name(path.name + ".previous"))
+        # A second name for the old file first: `path` is there at any moment.
+        second_name = path.with_name(path.name + ".keep")
+        second_name.unlink(missing_ok=True)
+        os.link(path, second_name)
+        os.replace(second_name, path.with_name(path.name + ".previous"))
     os.replace(temporary, path)
 
 
@@ -48,7 +53,10 @@ def load(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not a SwitchBank checkpoint: {advice}")
     if hashlib.sha256(content[header:]).hexdigest().encode() != content[len(MAGIC) : header - 1]:
         raise CheckpointError(f"{path} is damaged, its checksum does not agree: {advice}")
-    return torch.load(io.BytesIO(content[header:]), map_location="cpu", weights_only=True)
+    try:
+        return torch.load(io.BytesIO(content[header:]), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path} holds more than tensors and plain values, and is not read: {advice}") from error
 
 
 def copy_to_host(state: Any) -> Any:

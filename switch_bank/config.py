@@ -374,10 +374,12 @@ presets: dict[str, Config] = {
         preset="small",
         model=ModelConfig(layers=16, width=768, heads=6, skip_attention=(), window=2048, experts=16, ema_stride=16),
         schedule=ScheduleConfig(
-            steps=465, activation=((0, 0.0625), (20, 0.125), (40, 0.25), (80, 0.5), (140, 1.0)), gumbel_windows=((20, 140),),
-            temperature_steps=75, cap_steps=63, momentum_steps=80,
+            steps=465, activation=((0, 0.0625), (20, 0.125), (40, 0.25), (80, 0.5), (140, 1.0)),
+            gumbel_windows=((20, 140),), temperature_steps=75, cap_steps=63, momentum_steps=80,
         ),
-        data=DataConfig(val_tokens=1_048_576, slice_tokens=8192, slices_per_step=8, val_slice_tokens=16_384, repeat=True),
+        data=DataConfig(
+            val_tokens=1_048_576, slice_tokens=8192, slices_per_step=8, val_slice_tokens=16_384, repeat=True,
+        ),
         run=RunConfig(seconds=180, val_at_seconds=(60, 120, 180), log_every=10),
     ),
     "nano": _nano,

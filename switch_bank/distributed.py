@@ -65,13 +65,14 @@ def summed(value: Tensor) -> Tensor:
 
 def same_weights(model: nn.Module) -> bool:
     """Whether all processes hold the same parameters and buffers, to the bit (up to a collision of the checksum)."""
-    parts = [tensor.detach() for tensor in model.state_dict().values()]
-    checksum = torch.stack([_bits(part).sum(dtype=torch.int64) for part in parts])
+    checksum = torch.stack([_checksum(tensor.detach().flatten()) for tensor in model.state_dict().values()])
     least, most = checksum.clone(), checksum.clone()
     dist.all_reduce(least, op=dist.ReduceOp.MIN)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     return bool((least == most).all())
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.flatten().view(torch.int32) if tensor.dtype == torch.float32 else tensor.flatten().long()
+def _checksum(values: Tensor) -> Tensor:
+    """0-dim int64: the values' bits, each times an odd number of its place, so that order matters; wraps around."""
+    bits = values.view(torch.int32) if values.dtype == torch.float32 else values
+    return (bits.long() * (2 * torch.arange(len(bits), device=bits.device) + 1)).sum()

@@ -74,7 +74,14 @@ class RunLog:
 
 
 def cut_back(folder: Path, sizes: dict[str, int]) -> None:
-    """Truncates the folder's files to the sizes of a checkpoint, so that log and metrics are one record."""
+    """Truncates the folder's files to the sizes of a checkpoint, so that log and metrics are one record.
+
+    Raises ConfigError, and changes nothing, if a file is shorter than it was then.
+    """
+    for name, size in sizes.items():
+        found = os.path.getsize(folder / name)
+        if found < size:
+            raise ConfigError(f"{folder / name} has {found} bytes and had {size} at the checkpoint: it is not whole")
     for name, size in sizes.items():
         os.truncate(folder / name, size)
 

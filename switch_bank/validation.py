@@ -33,7 +33,7 @@ def validate(
     return Validation(float(summed(loss_sum)) / tokens, tokens, summed(pick_counts).cpu())
 
 
-def least_share(pick_counts: Tensor, active: int) -> float:
-    """The least used active expert's picks over the whole bank, as a share of an even share (1: all even)."""
-    counts = pick_counts.sum(0)
-    return float(counts[:active].min() * active / counts.sum()) if counts.sum() > 0 else 1.0
+def least_share(pick_counts: Tensor, active: Tensor) -> float:
+    """The picks of the least used of the active [E] bool experts over the whole bank, as a share of an even share."""
+    counts = pick_counts.sum(0)[active.cpu()]
+    return float(counts.min() * len(counts) / counts.sum()) if counts.sum() > 0 else 1.0

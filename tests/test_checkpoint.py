@@ -3,7 +3,6 @@
 import hashlib
 import io
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +86,8 @@ def test_a_save_that_was_killed_leaves_the_state_before_it(path: Path, monkeypat
     save(path, state_of(2))
     assert load(path)["step"] == 2 and not leftover.exists()
 
-    # At every rename: before it, and so between the two as well, one whole state is there.
-    replace, previous = os.replace, path.with_name("checkpoint.pt.previous")
+    # At every rename the state before is still there under its own name.
+    replace = os.replace
     for allowed in (0, 1):
         renames = iter(range(allowed))
 
@@ -100,9 +99,7 @@ def test_a_save_that_was_killed_leaves_the_state_before_it(path: Path, monkeypat
         monkeypatch.setattr(os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             save(path, state_of(3))
-        assert load(path if allowed == 0 else previous)["step"] == 2
-    with pytest.raises(CheckpointError, match=r"there is no checkpoint .*previous; rename it to checkpoint\.pt"):
-        load(path)
+        assert load(path)["step"] == 2
 
 
 @given(data=st.data())
@@ -167,7 +164,7 @@ def test_code_in_a_file_does_not_run(path: Path) -> None:
     torch.save({"step": 1, "more": Code(trace)}, buffer)
     payload = buffer.getvalue()
     path.write_bytes(MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(CheckpointError, match="holds more than tensors and plain values"):
         load(path)
     assert not trace.exists()
     torch.load(io.BytesIO(payload), weights_only=False)  # the file is a trap indeed

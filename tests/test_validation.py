@@ -125,9 +125,9 @@ def test_validation_leaves_no_trace_in_the_model(
 
 
 def test_the_least_share_is_that_of_the_least_used_active_expert_over_the_whole_bank() -> None:
-    assert least_share(torch.tensor([[10.0, 10.0], [5.0, 5.0]]), active=2) == 1.0
+    assert least_share(torch.tensor([[10.0, 10.0], [5.0, 5.0]]), torch.ones(2, dtype=torch.bool)) == 1.0
     # Of 80 picks on four experts 20 each are even; the third has 5.
     counts = torch.tensor([[40.0, 0, 5, 10, 0], [0.0, 10, 0, 15, 0]])
-    assert least_share(counts, active=4) == 0.25
-    assert least_share(counts, active=5) == 0.0
-    assert least_share(torch.zeros(2, 4), active=4) == 1.0  # the dense model picks nothing
+    assert least_share(counts, torch.arange(5) < 4) == 0.25
+    assert least_share(counts, torch.arange(5) < 5) == 0.0
+    assert least_share(torch.zeros(2, 4), torch.arange(4) < 4) == 1.0  # the dense model picks nothing

@@ -81,9 +81,7 @@ class SwitchBankGPT(nn.Module):
         hidden, routings, active = self.trunk(tokens, state, slices, seed, window)
         output = self.losses(hidden, targets, routings, active)
         # Detached here: within a compiled part, a detached twin of the loss makes the loss come out without a gradient.
-        return output._replace(
-            cross_entropy=output.cross_entropy.detach(), token_losses=output.token_losses.detach()
-        )
+        return output._replace(cross_entropy=output.cross_entropy.detach(), token_losses=output.token_losses.detach())
 
     def compile(self) -> None:
         """Compiles the parts of the forward, each without a graph break. What differs between layers reaches a part
