@@ -246,6 +246,7 @@ def main(config: Config, world: World) -> None:
                     model.bank.start_adapters(before, now)
                 if step == config.schedule.prune_at:
                     model.routers.prune(picks, config.schedule.prune_below, before)
+                    log.line(f"step:{step}/{steps} pruned experts: {model.routers.pruned.nonzero().flatten().tolist()}")
             logging = (step + 1) % run.log_every == 0 or step == first_step
             # To read whether a number is finite makes a GPU wait, so there it is read only when logging.
             loss = train_step(step, schedules.gumbel_noise(step, config.schedule), logging or device.type == "cpu")

@@ -354,12 +354,12 @@ _nano = Config(
     preset="nano",
     model=ModelConfig(
         vocab_size=2048, eod_token=0, layers=4, width=128, heads=2, skip_attention=(), window=256,
-        experts=16, expert_width=256, ema_stride=4,
+        experts=16, expert_width=256, ema_stride=4, score="sigmoid", cv_weight=0.01, entropy_weight=0.01,
     ),
     schedule=ScheduleConfig(
         steps=2000, activation=((0, 0.125), (50, 1.0)), gumbel_windows=((50, 600),),
         temperature_start=1.4, temperature_end=0.9, temperature_steps=400, temperature_ratio=0.5,
-        cap_start=2.0, cap_end=12.0, cap_steps=300,
+        cap_start=2.0, cap_end=12.0, cap_steps=300, prune_at=1600, prune_below=0.3,
     ),
     data=DataConfig(
         train="data/local/train_*.bin", val="data/local/val_*.bin",
