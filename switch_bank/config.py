@@ -359,7 +359,7 @@ _nano = Config(
     schedule=ScheduleConfig(
         steps=2000, activation=((0, 0.125), (50, 1.0)), gumbel_windows=((50, 600),),
         temperature_start=1.4, temperature_end=0.9, temperature_steps=400, temperature_ratio=0.5,
-        cap_start=2.0, cap_end=12.0, cap_steps=300, prune_at=1600, prune_below=0.3,
+        cap_start=2.0, cap_end=12.0, cap_steps=300, prune_at=1800, prune_below=0.4,
     ),
     data=DataConfig(
         train="data/local/train_*.bin", val="data/local/val_*.bin",

@@ -32,7 +32,7 @@ def config_of() -> Callable[..., Config]:
     def config(**options: Any) -> Config:
         small: dict[str, Any] = dict(
             vocab_size=97, eod_token=0, layers=3, width=32, heads=2, window=128, experts=4, expert_width=16,
-            value_embeddings=1, dtype="float32", ema_stride=2, opening_tokens=16, reverse_window=48,
+            value_embeddings=1, dtype="float32", ema_stride=2, opening_tokens=16, reverse_window=48, score="softmax",
         )  # fmt: skip
         nano = presets["nano"]
         return replace(nano, model=replace(nano.model, **(small | options))).check()

@@ -173,12 +173,12 @@ def test_a_number_that_is_not_finite_stops_the_run_with_its_step_its_parts_and_a
     finished, shards, tmp_path
 ):
     state = load(finished[0] / "checkpoint.pt.previous")
-    state["model"]["bank.w1"][0, 3, 5] = math.nan
+    state["model"]["attention.0"][0, 3, 5] = math.nan
     shutil.copytree(finished[0], tmp_path / "blown")
     save(tmp_path / "blown" / "checkpoint.pt", state)
     result = train([*tiny(shards), "--run.steps", "50", "--run.resume"], tmp_path / "blown")
     assert result.returncode == 1
-    assert "error: step 40: not finite: the loss, bank.w1, the gradient of " in result.stderr
+    assert "error: step 40: not finite: the loss, attention.0, the gradient of " in result.stderr
     assert load(tmp_path / "blown" / "nonfinite.pt")["step"] == 40
 
 
