@@ -6,6 +6,7 @@ python train_switch_bank.py [PRESET] [--group.option VALUE ...]     torchrun --n
 import contextlib
 import dataclasses
 import os
+import statistics
 import sys
 import time
 from collections import deque
@@ -168,13 +169,14 @@ def main(config: Config, world: World) -> None:
     if not length_is_fixed:
         assert run.seconds is not None
         times = []
-        for at in torch.linspace(0, config.schedule.steps - 1, 24).long().tolist():
+        # Twice over steps from all of the schedule, timed the second time: libraries build kernels for new shapes.
+        for at in 2 * torch.linspace(0, config.schedule.steps - 1, 20).long().tolist():
             timer = TrainingClock(device)
             timer.start()
             train_step(at, schedules.gumbel_noise(at, config.schedule), check_finite=device.type == "cpu")
             timer.stop()
             times.append(timer.seconds)
-        steps = int(from_first(max(1, run.seconds // sorted(times)[len(times) // 2]), world))
+        steps = int(from_first(max(1, run.seconds // statistics.median(times[len(times) // 2 :])), world))
         config, states = config.with_steps(steps), schedules.step_states(config.with_steps(steps), device)
         log.line(f"--run.seconds {run.seconds:g}: {steps} steps, fixed now from the median step time of the warm-up")
         if not data.repeat:
