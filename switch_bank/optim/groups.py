@@ -36,12 +36,15 @@ def build_optimizers(model: SwitchBankGPT, config: Config) -> tuple[TurboMuon, t
         "embeddings": optim.embedding_lr, "head": optim.head_lr, "routers": optim.router_lr,
         "adapters": optim.adapter_lr, "scalars": optim.scalar_lr,
     }  # fmt: skip
+    # While output matrices are zero, norms cancel the scalars: their gradient is rounding alone, some 1e-10, and a
+    # smaller eps would make whole steps of it, other ones on other numbers of processes. At work it is 1e-3 and more.
+    epsilon = {"scalars": 1e-6}
     adam = torch.optim.AdamW(
         [
-            dict(params=params, name=name, lr=rates[name], base_lr=rates[name])
+            dict(params=params, name=name, lr=rates[name], base_lr=rates[name], eps=epsilon.get(name, 1e-10))
             for name, params in groups.items() if params
         ],
-        betas=optim.adam_betas, eps=1e-10, weight_decay=0.0, fused=True,
+        betas=optim.adam_betas, weight_decay=0.0, fused=True,
     )  # fmt: skip
     return muon, adam
 
