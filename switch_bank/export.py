@@ -1,21 +1,34 @@
-"""A trained model and its tokenizer, read from a run's folder or from an exported one."""
+"""A trained model and its tokenizer, read from a run's folder or an exported one; and the program that exports a run.
 
+python -m switch_bank export RUN DIR [--push REPO]
+"""
+
+import argparse
 import glob
+import json
+import re
+import shlex
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
-from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 
 from switch_bank import checkpoint
-from switch_bank.config import Config, from_dict
-from switch_bank.model import folder as model_folder
-from switch_bank.model.folder import ModelFolderError
+from switch_bank.config import Config, ConfigError, from_dict
+from switch_bank.model.folder import WEIGHTS, ModelFolderError, read_folder, write_folder
 from switch_bank.model.gpt import SwitchBankGPT
 
 GPT2 = "openai-community/gpt2"  # on the Hugging Face hub
 CONNECT_SECONDS = 10.0
+NOT_CAUSAL = "NOT CAUSAL"
+
+
+class PushError(RuntimeError):
+    """What the Hugging Face hub did not take, and how to send it again, in one line."""
 
 
 def load_model(folder: Path, device: torch.device | str) -> tuple[Config, SwitchBankGPT]:
@@ -24,8 +37,8 @@ def load_model(folder: Path, device: torch.device | str) -> tuple[Config, Switch
     `model.trained_state` is the StepState of the last step that the weights were trained for. Raises CheckpointError,
     ModelFolderError or ConfigError where there is no model, or one that is damaged or does not fit.
     """
-    if (folder / model_folder.WEIGHTS).exists():
-        config, weights, step = model_folder.read(folder)
+    if (folder / WEIGHTS).exists():
+        config, weights, step = read_folder(folder)
     elif (folder / "checkpoint.pt").exists():
         saved = checkpoint.load(folder / "checkpoint.pt")
         config, weights, step = from_dict(saved["config"]), saved["model"], saved["step"]
@@ -79,3 +92,146 @@ def _gpt2_tokenizer() -> Path:
             f"GPT-2's tokenizer could not be fetched ({type(error).__name__}): connect this machine, or copy "
             f"tokenizer.json of {GPT2} beside the training shards"
         ) from error
+
+
+def export(run: Path, out: Path) -> None:
+    """Writes model.safetensors, config.json, tokenizer.json and README.md of the run in `run` into a new folder `out`,
+    all or nothing.
+
+    Raises as `load_model` and `find_tokenizer` do, and ModelFolderError where `out` is taken or the run's log or
+    metrics cannot be read.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ModelFolderError(f"{out} exists already: choose another folder, or delete it")
+    config, model = load_model(run, "cpu")
+    tokenizer = find_tokenizer(run, config)
+    card = model_card(run, config, model)
+    assert model.trained_state is not None
+    out = out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{out.name}.part-", dir=out.parent) as scratch:
+        new = Path(scratch, "new")
+        new.mkdir()
+        write_folder(new, config, model.state_dict(), int(model.trained_state.step))
+        tokenizer.save(str(new / "tokenizer.json"))
+        (new / "README.md").write_text(card, encoding="utf-8")
+        new.rename(out)
+
+
+def push(folder: Path, repository: str) -> str:
+    """Sends an exported folder to a repository of the Hugging Face hub, which is made if it is not there. Returns the
+    commit's address; raises PushError."""
+    try:
+        HfApi().create_repo(repository, exist_ok=True)
+        return HfApi().upload_folder(repo_id=repository, folder_path=folder).commit_url
+    except Exception as error:  # huggingface_hub passes on its HTTP client's own errors
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise PushError(
+            f"{folder} is written, but {repository} did not take it ({reason}): see to the network and "
+            f"`hf auth login`, then `hf upload {repository} {shlex.quote(str(folder))}`"
+        ) from error
+
+
+def model_card(run: Path, config: Config, model: SwitchBankGPT) -> str:
+    """README.md: what the model is and how it came about, in numbers from the run's own files alone."""
+    assert model.trained_state is not None
+    step, options, data = int(model.trained_state.step), config.model, config.data
+    log = _read(run / "log.txt").partition("\n===== run\n")[2]
+    if not log:
+        raise ModelFolderError(f"{run / 'log.txt'} is not the log of a run: the model card is made from it")
+    rows = re.findall(r"^data (.+) tokens (\d+) sha256 ([0-9a-f]{64})$", log, re.MULTILINE)
+    files = "\n".join(f"| {Path(path).name} | {int(tokens):,} | `{sha256}` |" for path, tokens, sha256 in rows)
+    step_tokens = data.slices_per_step * data.slice_tokens
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    experts = f"{options.experts} experts {'shared by all layers' if options.shared else 'in each layer'}"
+    causal = _verdict(log, config)
+    leaky = causal == NOT_CAUSAL
+    warning = (
+        f"**{NOT_CAUSAL}: it reads tokens to come. Its loss is not that of a language model.**\n\n" if leaky else ""
+    )
+    return f"""---
+pipeline_tag: text-generation
+---
+# SwitchBank {config.preset}{f", {NOT_CAUSAL}" if leaky else ""}
+
+{warning}A model of {parameters:,} parameters: {options.layers} layers of width {options.width} with {experts},
+of which each token passes through {options.top_k} in each layer.
+
+| | |
+|---|---|
+| trained for | {step:,} of {config.schedule.steps:,} steps of {step_tokens:,} tokens, seed {config.run.seed} |
+| validation loss | {_validation(run, step)} |
+| causal, by the checks in the run's log | {causal} |
+
+## Data
+
+| file | tokens | sha256 |
+|---|---|---|
+{files}
+
+## How to load it
+
+With the SwitchBank package, in this folder:
+
+```python
+import torch
+from tokenizers import Tokenizer
+from switch_bank.model.gpt import SwitchBankGPT
+
+model = SwitchBankGPT.from_folder(".")
+tokenizer = Tokenizer.from_file("tokenizer.json")
+tokens = torch.tensor([[model.config.eod_token, *tokenizer.encode("The text so far").ids]])
+logits = model.predict(tokens)  # [1, T, {options.vocab_size}]: of each next token
+```
+"""
+
+
+def _verdict(log: str, config: Config) -> str:
+    """The last word is NOT CAUSAL if any check of the run said so."""
+    lines = [line for line in log.splitlines() if line.startswith(("causal: ", NOT_CAUSAL, "result: "))]
+    if not config.model.causal or any(NOT_CAUSAL in line for line in lines):
+        return NOT_CAUSAL
+    return "yes" if any("causal: yes" in line for line in lines) else "not said in its log"
+
+
+def _validation(run: Path, step: int) -> str:
+    """The run's reading of the weights after `step`."""
+    reading = "not measured at this step"
+    for number, line in enumerate(_read(run / "metrics.jsonl").splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            if record["kind"] == "val" and record["step"] == step:
+                reading = (
+                    f"{record['val_loss']:.4f} nats a token over {record['val_tokens']:,} tokens, "
+                    f"after {record['train_time_s']:.1f} s of training"
+                )
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModelFolderError(f"{run / 'metrics.jsonl'}, line {number} is damaged: delete that line") from error
+    return reading
+
+
+def _read(path: Path) -> str:
+    if not path.is_file():
+        raise ModelFolderError(f"there is no {path}: the model card is made from it")
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def main(arguments: list[str]) -> int:
+    """`python -m switch_bank export`; returns the exit code, 2 where something is wrong with the files or the hub."""
+    parser = argparse.ArgumentParser(
+        prog="python -m switch_bank export",
+        description="Write a run's model for other programs: weights, configuration, tokenizer and a model card.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    parser.add_argument("out", type=Path, metavar="DIR", help="folder to write; it must be new or empty")
+    parser.add_argument("--push", metavar="REPO", help="send it to this repository of the Hugging Face hub (USER/NAME)")
+    given = parser.parse_args(arguments)
+    try:
+        export(given.run, given.out)
+        print(f"{given.out}: written")
+        if given.push is not None:
+            print(f"{given.push}: pushed, {push(given.out, given.push)}")
+    except (checkpoint.CheckpointError, ConfigError, ModelFolderError, PushError, SafetensorError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

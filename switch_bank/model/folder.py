@@ -20,15 +20,15 @@ class ModelFolderError(ValueError):
     """A folder from which no model or tokenizer can be read; the message says which file, why and what to do."""
 
 
-def write(folder: Path, config: Config, weights: dict[str, Tensor], step: int) -> None:
+def write_folder(folder: Path, config: Config, weights: dict[str, Tensor], step: int) -> None:
     """Writes both files into `folder`. weights: the model's state_dict; step: how many steps they were trained for."""
     (folder / CONFIG).write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n", encoding="utf-8")
     metadata = {"format": "pt", "step": str(step), "sha256": _sha256(weights, str(step))}
     save_file(weights, folder / WEIGHTS, metadata)
 
 
-def read(folder: Path) -> tuple[Config, dict[str, Tensor], int]:
-    """The configuration, weights (on the CPU) and step that `write` wrote.
+def read_folder(folder: Path) -> tuple[Config, dict[str, Tensor], int]:
+    """The configuration, weights (on the CPU) and step that `write_folder` wrote.
 
     Raises ModelFolderError for a file that is missing or damaged, and ConfigError for options that cannot work.
     """

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from switch_bank.config import Config, ModelConfig, compute_dtype
-from switch_bank.model import folder as model_folder
 from switch_bank.model.attention import attention_matrices, rms_norm, rotary_tables, self_attention
 from switch_bank.model.bank import Bank, Experts
 from switch_bank.model.features import Documents, documents_of, ema_features
+from switch_bank.model.folder import ModelFolderError, read_folder
 from switch_bank.model.router import RouterOfLayer, Routers, Routing
 from switch_bank.ops.attention import BLOCK, build_mask, choose_backend
 from switch_bank.ops.noise import gumbel
@@ -71,7 +71,7 @@ class SwitchBankGPT(nn.Module):
 
         Raises ModelFolderError or ConfigError for a file that is missing, damaged or does not fit.
         """
-        return cls.trained(*model_folder.read(Path(folder)), device)
+        return cls.trained(*read_folder(Path(folder)), device)
 
     @classmethod
     def trained(
@@ -84,7 +84,7 @@ class SwitchBankGPT(nn.Module):
             model.load_state_dict(weights, assign=True)
         except RuntimeError as error:
             lines = " ".join(str(error).split())
-            raise model_folder.ModelFolderError(f"the weights do not fit their configuration: {lines}") from error
+            raise ModelFolderError(f"the weights do not fit their configuration: {lines}") from error
         model.trained_state = step_state(step, config, device)
         return model.to(device).eval()
 
