@@ -128,7 +128,7 @@ def push(folder: Path, repository: str) -> str:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise PushError(
             f"{folder} is written, but {repository} did not take it ({reason}): see to the network and "
-            f"`hf auth login`, then `hf upload {repository} {shlex.quote(str(folder))}`"
+            f"`hf auth login`, then `hf upload {shlex.quote(repository)} {shlex.quote(str(folder))}`"
         ) from error
 
 
@@ -143,7 +143,8 @@ def model_card(run: Path, config: Config, model: SwitchBankGPT) -> str:
     files = "\n".join(f"| {Path(path).name} | {int(tokens):,} | `{sha256}` |" for path, tokens, sha256 in rows)
     step_tokens = data.slices_per_step * data.slice_tokens
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    experts = f"{options.experts} experts {'shared by all layers' if options.shared else 'in each layer'}"
+    experts = "one expert" if options.experts == 1 else f"{options.experts} experts"
+    place = "that all layers share" if options.shared else "in each layer"
     causal = _verdict(log, config)
     leaky = causal == NOT_CAUSAL
     warning = (
@@ -154,8 +155,8 @@ pipeline_tag: text-generation
 ---
 # SwitchBank {config.preset}{f", {NOT_CAUSAL}" if leaky else ""}
 
-{warning}A model of {parameters:,} parameters: {options.layers} layers of width {options.width} with {experts},
-of which each token passes through {options.top_k} in each layer.
+{warning}A model of {parameters:,} parameters: {options.layers} layers of width {options.width}, and {experts}
+{place}. In each layer a token goes to {options.top_k} of them.
 
 | | |
 |---|---|

@@ -1,5 +1,5 @@
 """An exported model on disk: config.json, and model.safetensors with the weights, the step that they were trained to
-and a checksum. Other programs read these files too; they are safe to load from strangers."""
+and a checksum. Nothing in these files can run code."""
 
 import dataclasses
 import hashlib
@@ -22,23 +22,22 @@ class ModelFolderError(ValueError):
 
 def write_folder(folder: Path, config: Config, weights: dict[str, Tensor], step: int) -> None:
     """Writes both files into `folder`. weights: the model's state_dict; step: how many steps they were trained for."""
-    (folder / CONFIG).write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n", encoding="utf-8")
-    metadata = {"format": "pt", "step": str(step), "sha256": _sha256(weights, str(step))}
+    options = json.dumps(dataclasses.asdict(config), indent=1) + "\n"
+    (folder / CONFIG).write_text(options, encoding="utf-8")
+    metadata = {"format": "pt", "step": str(step), "sha256": _sha256(options.encode(), str(step), weights)}
     save_file(weights, folder / WEIGHTS, metadata)
 
 
 def read_folder(folder: Path) -> tuple[Config, dict[str, Tensor], int]:
     """The configuration, weights (on the CPU) and step that `write_folder` wrote.
 
-    Raises ModelFolderError for a file that is missing or damaged, and ConfigError for options that cannot work.
+    Raises ModelFolderError for a file that is missing or not as it was written, and ConfigError for options that
+    cannot work.
     """
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise ModelFolderError(f"there is no {folder / name}: `python -m switch_bank export RUN DIR` makes one")
-    try:
-        config = from_dict(json.loads((folder / CONFIG).read_text(encoding="utf-8"))).check()
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelFolderError(f"{folder / CONFIG} is damaged, {error}: export the run again") from error
+    options = (folder / CONFIG).read_bytes()
     try:
         with safe_open(folder / WEIGHTS, "pt") as file:
             metadata = file.metadata() or {}
@@ -46,16 +45,18 @@ def read_folder(folder: Path) -> tuple[Config, dict[str, Tensor], int]:
     except SafetensorError as error:
         raise ModelFolderError(f"{folder / WEIGHTS} is damaged, {error}: export the run again") from error
     step = metadata.get("step", "")
-    if metadata.get("sha256") != _sha256(weights, step):
-        raise ModelFolderError(f"{folder / WEIGHTS} is damaged, its checksum does not agree: export the run again")
-    return config, weights, int(step)
+    if metadata.get("sha256") != _sha256(options, step, weights):
+        raise ModelFolderError(
+            f"{folder / WEIGHTS} and {CONFIG} are not as they were written, their checksum does not agree: "
+            "export the run again"
+        )
+    return from_dict(json.loads(options)).check(), weights, int(step)
 
 
-def _sha256(weights: dict[str, Tensor], step: str) -> str:
-    """Of the step, and of each tensor's name, type, shape and values."""
-    digest = hashlib.sha256(step.encode())
+def _sha256(options: bytes, step: str, weights: dict[str, Tensor]) -> str:
+    """Of config.json, the step, and each tensor's name, type, shape and values."""
+    digest = hashlib.sha256(options + step.encode())
     for name, value in sorted(weights.items()):
-        value = value.contiguous()
         digest.update(f"\n{name} {value.dtype} {list(value.shape)}\n".encode())
-        digest.update(value.view(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
