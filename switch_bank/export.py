@@ -16,6 +16,7 @@ import torch
 from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from switch_bank import checkpoint
 from switch_bank.config import Config, ConfigError, from_dict
@@ -37,14 +38,18 @@ def load_model(folder: Path, device: torch.device | str) -> tuple[Config, Switch
     `model.trained_state` is the StepState of the last step that the weights were trained for. Raises CheckpointError,
     ModelFolderError or ConfigError where there is no model, or one that is damaged or does not fit.
     """
-    if (folder / WEIGHTS).exists():
-        config, weights, step = read_folder(folder)
-    elif (folder / "checkpoint.pt").exists():
-        saved = checkpoint.load(folder / "checkpoint.pt")
-        config, weights, step = from_dict(saved["config"]), saved["model"], saved["step"]
-    else:
-        raise ModelFolderError(f"{folder} holds no model: neither a run's checkpoint.pt nor an exported model")
+    config, weights, step = _read_trained(folder)
     return config, SwitchBankGPT.trained(config, weights, step, device)
+
+
+def _read_trained(folder: Path) -> tuple[Config, dict[str, Tensor], int]:
+    """Configuration, weights and the step that they were trained to."""
+    if (folder / WEIGHTS).exists():
+        return read_folder(folder)
+    if (folder / "checkpoint.pt").exists():
+        saved = checkpoint.load(folder / "checkpoint.pt")
+        return from_dict(saved["config"]), saved["model"], saved["step"]
+    raise ModelFolderError(f"{folder} holds no model: neither a run's checkpoint.pt nor an exported {WEIGHTS}")
 
 
 def find_tokenizer(folder: Path, config: Config) -> Tokenizer:
@@ -103,16 +108,16 @@ def export(run: Path, out: Path) -> None:
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ModelFolderError(f"{out} exists already: choose another folder, or delete it")
-    config, model = load_model(run, "cpu")
+    config, weights, step = _read_trained(run)
+    model = SwitchBankGPT.trained(config, weights, step, "cpu")
     tokenizer = find_tokenizer(run, config)
-    card = model_card(run, config, model)
-    assert model.trained_state is not None
+    card = model_card(run, config, model, step)
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{out.name}.part-", dir=out.parent) as scratch:
         new = Path(scratch, "new")
         new.mkdir()
-        write_folder(new, config, model.state_dict(), int(model.trained_state.step))
+        write_folder(new, config, weights, step)
         tokenizer.save(str(new / "tokenizer.json"))
         (new / "README.md").write_text(card, encoding="utf-8")
         new.rename(out)
@@ -132,10 +137,9 @@ def push(folder: Path, repository: str) -> str:
         ) from error
 
 
-def model_card(run: Path, config: Config, model: SwitchBankGPT) -> str:
-    """README.md: what the model is and how it came about, in numbers from the run's own files alone."""
-    assert model.trained_state is not None
-    step, options, data = int(model.trained_state.step), config.model, config.data
+def model_card(run: Path, config: Config, model: SwitchBankGPT, step: int) -> str:
+    """README.md: what the model is after `step` steps, in numbers from the run's own files alone."""
+    options, data = config.model, config.data
     log = _read(run / "log.txt").partition("\n===== run\n")[2]
     if not log:
         raise ModelFolderError(f"{run / 'log.txt'} is not the log of a run: the model card is made from it")
@@ -146,16 +150,15 @@ def model_card(run: Path, config: Config, model: SwitchBankGPT) -> str:
     experts = "one expert" if options.experts == 1 else f"{options.experts} experts"
     place = "that all layers share" if options.shared else "in each layer"
     causal = _verdict(log, config)
-    leaky = causal == NOT_CAUSAL
-    warning = (
-        f"**{NOT_CAUSAL}: it reads tokens to come. Its loss is not that of a language model.**\n\n" if leaky else ""
-    )
+    title = f"SwitchBank {config.preset}"
+    if causal == NOT_CAUSAL:
+        title += f", {NOT_CAUSAL}\n\n**It reads tokens to come. Its loss is not that of a language model.**"
     return f"""---
 pipeline_tag: text-generation
 ---
-# SwitchBank {config.preset}{f", {NOT_CAUSAL}" if leaky else ""}
+# {title}
 
-{warning}A model of {parameters:,} parameters: {options.layers} layers of width {options.width}, and {experts}
+A model of {parameters:,} parameters: {options.layers} layers of width {options.width}, and {experts}
 {place}. In each layer a token goes to {options.top_k} of them.
 
 | | |

@@ -136,10 +136,8 @@ def test_the_cards_numbers_are_the_runs(run: Path, exported: Path, shards: Path)
     assert "| 5 of 5 steps of 1,024 tokens, seed 0 |" in card
     assert re.search(r"\| causal, .* \| yes \|", card) and "NOT CAUSAL" not in card
     weights = load_model(run, "cpu")[1].parameters()
-    assert (
-        f"A model of {sum(weight.numel() for weight in weights):,} parameters: 2 layers of width 32 with 4 experts"
-        in card
-    )
+    size = sum(weight.numel() for weight in weights)
+    assert f"A model of {size:,} parameters: 2 layers of width 32, and 4 experts\n" in card
     for part in ("train", "val"):
         for path, tokens, sha256 in Shards.open(f"{shards}/{part}_*.bin", 400).summary():
             assert f"| {Path(path).name} | {tokens:,} | `{sha256}` |" in card

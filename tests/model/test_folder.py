@@ -47,8 +47,10 @@ def test_a_model_from_a_folder_gives_the_logits_of_the_one_that_was_written_to_t
             assert not torch.equal(model.logits(model.trunk(tokens, last)[0])[..., :97].float(), expected)
 
 
-def test_a_prediction_depends_on_no_token_to_come_and_on_no_length(config_of, model_of, tmp_path):
-    config = config_of()
+@pytest.mark.filterwarnings("ignore:flex_attention called without")  # slow on a CPU, and right
+@pytest.mark.parametrize("backend", ["sdpa", "flex"])
+def test_a_prediction_takes_any_number_of_tokens_and_depends_on_none_to_come(config_of, model_of, tmp_path, backend):
+    config = config_of(attention_backend=backend)
     write_folder(tmp_path, config, model_of(config).state_dict(), STEP)
     model = SwitchBankGPT.from_folder(tmp_path)
     tokens = torch.randint(97, (1, 150), generator=torch.Generator().manual_seed(1))
