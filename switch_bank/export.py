@@ -143,8 +143,9 @@ def model_card(run: Path, config: Config, model: SwitchBankGPT, step: int) -> st
     log = _read(run / "log.txt").partition("\n===== run\n")[2]
     if not log:
         raise ModelFolderError(f"{run / 'log.txt'} is not the log of a run: the model card is made from it")
-    rows = re.findall(r"^data (.+) tokens (\d+) sha256 ([0-9a-f]{64})$", log, re.MULTILINE)
-    files = "\n".join(f"| {Path(path).name} | {int(tokens):,} | `{sha256}` |" for path, tokens, sha256 in rows)
+    data_lines = re.findall(r"^data (.+) tokens (\d+) sha256 ([0-9a-f]{64})$", log, re.MULTILINE)
+    rows = [f"| {Path(path).name} | {int(tokens):,} | `{sha256}` |" for path, tokens, sha256 in data_lines]
+    files = "\n".join(dict.fromkeys(rows))  # a resumed run names its data again
     step_tokens = data.slices_per_step * data.slice_tokens
     parameters = sum(parameter.numel() for parameter in model.parameters())
     experts = "one expert" if options.experts == 1 else f"{options.experts} experts"

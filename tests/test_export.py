@@ -172,10 +172,23 @@ def test_a_leaky_models_card_says_not_causal(shards: Path, tmp_path: Path) -> No
 
 def test_a_model_that_failed_a_check_is_not_causal_whatever_the_others_said(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "failed")
-    with open(tmp_path / "failed" / "log.txt", "a") as log:
+    with open(tmp_path / "failed" / "log.txt", "a", encoding="utf-8") as log:
         log.write("NOT CAUSAL\n  suffix: FAILED: token 3 reads at least 1 ahead\n")
     assert main([str(tmp_path / "failed"), str(tmp_path / "out")]) == 0
     assert "# SwitchBank nano, NOT CAUSAL\n" in card_of(tmp_path / "out")
+
+
+def test_a_run_that_names_its_data_again_when_it_is_resumed_has_each_file_once_on_its_card(
+    run: Path, exported: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(run, tmp_path / "resumed")
+    log = tmp_path / "resumed" / "log.txt"
+    data = [line for line in log.read_text(encoding="utf-8").splitlines() if line.startswith("data ")]
+    assert len(data) == 2
+    with open(log, "a", encoding="utf-8") as file:
+        file.write("\n".join(data) + "\n")
+    assert main([str(tmp_path / "resumed"), str(tmp_path / "out")]) == 0
+    assert card_of(tmp_path / "out") == card_of(exported)
 
 
 def test_a_log_without_a_verdict_makes_no_causal_card(run: Path, tmp_path: Path) -> None:

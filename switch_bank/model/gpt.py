@@ -92,7 +92,8 @@ class SwitchBankGPT(nn.Module):
     def predict(self, tokens: Tensor) -> Tensor:
         """The logits of each next token, [B, T, vocab_size] float32, of a trained model in eval mode.
 
-        tokens: [B, T] int64; documents begin with `config.eod_token`. Row t depends on tokens 0..t alone.
+        tokens: [B, T] int64; documents begin with `config.eod_token`. Row t depends on tokens 0..t alone, unless
+        the model is leaky.
         """
         if self.trained_state is None:
             raise RuntimeError("this model is not trained: load one with SwitchBankGPT.from_folder")

@@ -96,6 +96,14 @@ def test_damage_is_found_wherever_it_is_or_changes_nothing(written, tmp_path_fac
     assert all(torch.equal(weights[name], value) for name, value in expected[1].items())
 
 
+def test_weights_that_name_another_step_than_their_own_are_refused(written, tmp_path):
+    folder = Path(shutil.copytree(written, tmp_path / "model"))
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'"step":"700"', b'"step":"701"'))
+    with pytest.raises(ModelFolderError, match="not as they were written"):
+        read_folder(folder)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_a_missing_file_is_named(written, tmp_path, name):
     folder = Path(shutil.copytree(written, tmp_path / "model"))
