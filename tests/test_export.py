@@ -168,6 +168,10 @@ def test_a_leaky_models_card_says_not_causal(shards: Path, tmp_path: Path) -> No
     card = card_of(tmp_path / "out")
     assert "# SwitchBank nano, NOT CAUSAL\n" in card
     assert re.search(r"\| causal, .* \| NOT CAUSAL \|", card)
+    log = leaky / "log.txt"
+    log.write_text(log.read_text(encoding="utf-8").replace("NOT CAUSAL", "causal: yes"), encoding="utf-8")
+    assert main([str(leaky), str(tmp_path / "whatever the log says")]) == 0
+    assert card_of(tmp_path / "whatever the log says") == card
 
 
 def test_a_model_that_failed_a_check_is_not_causal_whatever_the_others_said(run: Path, tmp_path: Path) -> None:
@@ -269,7 +273,7 @@ def test_a_folders_own_tokenizer_goes_before_the_one_beside_the_shards(shards: P
 def test_a_tokenizer_is_found_where_its_shards_are_gone_and_where_folders_are_a_pattern(
     shards: Path, tmp_path: Path
 ) -> None:
-    for pattern in (shards / "gone_*.bin", shards.parent / "*" / "train_*.bin", shards.parent / "**" / "*.bin"):
+    for pattern in (shards / "gone_*.bin", shards.parent / "*" / "train_*.bin", shards / "**" / "train_*.bin"):
         assert find_tokenizer(tmp_path, config_with(pattern, 400, 0)).get_vocab_size() == 400
 
 
