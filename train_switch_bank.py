@@ -6,6 +6,7 @@ python train_switch_bank.py [PRESET] [--group.option VALUE ...]     torchrun --n
 import contextlib
 import dataclasses
 import os
+import signal
 import statistics
 import sys
 import time
@@ -21,11 +22,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from switch_bank import audit, checkpoint, run_log, schedules
+from switch_bank import audit, checkpoint, distributed, run_log, schedules
 from switch_bank.clock import TrainingClock
 from switch_bank.config import Config, ConfigError, compute_dtype, from_dict, parse, resumed
 from switch_bank.data import DataError, Shards, TokenStream, validation_batches
-from switch_bank.distributed import World, flat_gradients, from_first, same_weights, start, summed, text_from_first
+from switch_bank.distributed import World
 from switch_bank.model.gpt import SwitchBankGPT
 from switch_bank.model.size import size_table
 from switch_bank.optim.groups import QuantileClip, build_optimizers, parameter_groups, set_rates
@@ -36,13 +37,24 @@ class NonFiniteError(ArithmeticError):
     """The loss, a gradient or a parameter is inf or NaN; the message names the step, the parts and the saved state."""
 
 
+class Stopped(Exception):
+    """The run was asked to stop, and did so after a whole step; the message says how to go on."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
 def main(config: Config, world: World) -> None:
     # ---- configuration, and the folder of the run ----------------------------------------------------------------
     config.check(world.size)
     device, run = world.device, config.run
     name = config.preset if config.model.causal else f"{config.preset}-NOT-CAUSAL"
-    folder = Path(text_from_first(str(run_log.choose_folder(run, name))))
-    saved: dict[str, Any] | None = checkpoint.load(folder / "checkpoint.pt") if run.resume else None
+    # torchrun --max-restarts starts all processes anew when one has died: from the last checkpoint, if there is one.
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    folder = Path(distributed.text_from_first(str(run_log.choose_folder(run, name, restarted))))
+    resumes = run.resume or restarted and (folder / "checkpoint.pt").exists()
+    saved: dict[str, Any] | None = checkpoint.load(folder / "checkpoint.pt") if resumes else None
     if saved is not None:
         config = resumed(config, from_dict(saved["config"]))
     elif run.steps is not None:
@@ -69,7 +81,7 @@ def main(config: Config, world: World) -> None:
     # ---- the log: its own source first, then all that the run is made of -----------------------------------------
     if saved is not None and world.rank == 0:
         run_log.cut_back(folder, saved["log_sizes"])
-    log = run_log.RunLog(folder, world.rank == 0, append=saved is not None)
+    log = run_log.RunLog(folder, world.rank == 0, mode="a" if saved is not None else "w" if restarted else "x")
     if saved is None:
         log.line(run_log.source(), console=False)
         log.line(f"===== run\nname: {name}\n{run_log.environment(device, world.size)}", console=False)
@@ -84,7 +96,7 @@ def main(config: Config, world: World) -> None:
     torch.manual_seed(run.seed)
     with device:
         model = SwitchBankGPT(config.model)
-    gradients = flat_gradients(model.parameters())
+    gradients = distributed.flat_gradients(model.parameters())
     muon, adam = build_optimizers(model, config)
     optim = config.optim
     clip = QuantileClip(parameter_groups(model)["routers"], optim.router_clip_quantile, optim.router_clip_history)
@@ -113,8 +125,8 @@ def main(config: Config, world: World) -> None:
             share = slices_together / data.slices_per_step
             (output.loss * share).backward()
             statistics += torch.cat([output.cross_entropy.view(1) * share, output.pick_counts.flatten()])
-        summed(gradients)
-        loss, counts = summed(statistics).split([1, picks.numel()])
+        distributed.summed(gradients)
+        loss, counts = distributed.summed(statistics).split([1, picks.numel()])
         if check_finite and not bool(torch.isfinite(gradients.sum() + loss)):
             stop_non_finite(step, loss)
         clip.step()
@@ -176,7 +188,7 @@ def main(config: Config, world: World) -> None:
             train_step(at, schedules.gumbel_noise(at, config.schedule), check_finite=device.type == "cpu")
             timer.stop()
             times.append(timer.seconds)
-        steps = int(from_first(max(1, run.seconds // statistics.median(times[len(times) // 2 :])), world))
+        steps = int(distributed.from_first(max(1, run.seconds // statistics.median(times[len(times) // 2 :])), world))
         config, states = config.with_steps(steps), schedules.step_states(config.with_steps(steps), device)
         log.line(f"--run.seconds {run.seconds:g}: {steps} steps, fixed now from the median step time of the warm-up")
         if not data.repeat:
@@ -212,6 +224,15 @@ def main(config: Config, world: World) -> None:
         log.line(f"config {dataclasses.asdict(config)}", console=False)
     log.line(f"{steps} steps of {stream.step_tokens} tokens, {stream.steps_in_one_epoch} an epoch, seed {run.seed}")
     graphs_before = compiled_graphs()
+    checkpoints = checkpoint.Writer()
+    asked_to_stop = [0]  # the number of the signal
+
+    def ask_to_stop(number: int, frame: Any) -> None:
+        asked_to_stop[0] = number
+        signal.signal(number, signal.SIG_DFL)  # asked twice, it stops at once
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, ask_to_stop)
     in_flight: deque[torch.cuda.Event] = deque()
     profiler = torch.profiler.profile(
         schedule=torch.profiler.schedule(skip_first=10, wait=0, warmup=1, active=3, repeat=1),
@@ -221,10 +242,17 @@ def main(config: Config, world: World) -> None:
     with profiler if profiling else contextlib.nullcontext():
         clock.start()
         for step in range(first_step, steps + 1):
-            reading = bool(readings) and from_first(clock.seconds, world) >= readings[0]
-            if reading or step in run.val_at_steps or step == steps:
+            seconds, stop = distributed.agreed(clock.seconds, asked_to_stop[0], world)
+            if stop:
                 clock.stop()
-                seconds = from_first(clock.seconds, world)
+                if world.rank == 0:
+                    checkpoints.save(folder / "checkpoint.pt", run_state(step))
+                    checkpoints.wait()
+                where = f"stopped by {signal.Signals(stop).name} before step {step} of {steps}, which is saved"
+                raise Stopped(f"{where}: go on with the same command and --run.resume --run.out {folder}", stop)
+            if step in run.val_at_steps or step == steps or readings and seconds >= readings[0]:
+                clock.stop()
+                seconds = distributed.from_first(clock.seconds, world)
                 readings = [at for at in readings if at > seconds]
                 model.eval()
                 validation = validate(model, val_batches(), states[step], window_of(step))
@@ -233,12 +261,12 @@ def main(config: Config, world: World) -> None:
                 log.line(f"{line} step_avg:{1000 * seconds / max(1, step):.2f}ms")
                 values = {"val_loss": validation.loss, "val_tokens": validation.tokens}
                 log.metrics("val", {"step": step, "train_time_s": seconds} | values)
-                if not same_weights(model):
+                if not distributed.same_weights(model):
                     raise RuntimeError(f"step {step}: the weights differ between the processes; this run is void")
                 clock.start()
             due = run.checkpoint_every and step % run.checkpoint_every == 0 and first_step < step < steps
             if due and world.rank == 0:
-                checkpoint.save(folder / "checkpoint.pt", run_state(step))
+                checkpoints.save(folder / "checkpoint.pt", run_state(step))
             if step == steps:
                 break
 
@@ -275,7 +303,8 @@ def main(config: Config, world: World) -> None:
     # ---- the result ----------------------------------------------------------------------------------------------
     clock.stop()
     if world.rank == 0:
-        checkpoint.save(folder / "checkpoint.pt", run_state(steps))
+        checkpoints.save(folder / "checkpoint.pt", run_state(steps))
+        checkpoints.wait()
     if device.type == "cuda":
         log.line(f"peak memory: {torch.cuda.max_memory_allocated() // 2**20} MiB")
     log.line(f"graphs compiled before step 0: {graphs_before}, after it: {compiled_graphs() - graphs_before}")
@@ -307,11 +336,19 @@ def largest_divisor(number: int, limit: int) -> int:
 if __name__ == "__main__":
     try:
         arguments = parse(sys.argv[1:], default_preset="record" if torch.cuda.is_available() else "nano")
-        main(arguments, start())
-        dist.destroy_process_group()
+        world = distributed.start(arguments.run.timeout_seconds)
+        with distributed.naming_silent_peers(world):
+            main(arguments, world)
+        message, exit_code = "", 0
     except (ConfigError, DataError, checkpoint.CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except NonFiniteError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        message, exit_code = f"error: {error}", 2
+    except (NonFiniteError, distributed.PeerError, OSError) as error:
+        message, exit_code = f"error: {error}", 1
+    except Stopped as stopped:
+        message, exit_code = str(stopped), stopped.exit_code
+    except KeyboardInterrupt:
+        message, exit_code = "stopped before step 0: nothing to save", 128 + signal.SIGINT
+    print(message, file=sys.stderr, end="\n" if message else "")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(exit_code)

@@ -165,6 +165,7 @@ class RunConfig:
     seed: Annotated[int, Range(0, 2**31 - 1)] = 0
     resume: bool = False
     checkpoint_every: Annotated[int, Range(0, 10**9)] = 0  # steps; 0: only at the end
+    timeout_seconds: Annotated[float, Range(1, 10**6)] = 600  # how long a process waits for another one's answer
     profile: bool = False  # write a trace of a few steps into the run's folder
     compile: bool = True
     tokens_per_forward: Count = 98_304  # slices go through the model together up to this many tokens

@@ -9,7 +9,7 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -18,18 +18,19 @@ from switch_bank.config import Config, ConfigError, RunConfig
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def choose_folder(run: RunConfig, name: str) -> Path:
+def choose_folder(run: RunConfig, name: str, restarted: bool = False) -> Path:
     """The folder of --run.out; by default a new one under runs/, or, to resume, the newest one of that name.
 
+    A run that torchrun has `restarted` goes on in its own folder, the newest one of its name.
     Raises ConfigError where a new run would write over another one, or there is none to resume.
     """
     folder = Path(run.out) if run.out else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if run.resume and not run.out:
-        earlier = sorted(Path("runs").glob(f"{name}-2*/checkpoint.pt"))
-        if not earlier:
+    if (run.resume or restarted) and not run.out:
+        earlier = sorted(Path("runs").glob(f"{name}-2*/{'checkpoint.pt' if run.resume else 'log.txt'}"))
+        if run.resume and not earlier:
             raise ConfigError(f"there is no run of {name} under runs/ to resume: name its folder with --run.out")
-        folder = earlier[-1].parent
-    if not run.resume and (folder / "log.txt").exists():
+        folder = earlier[-1].parent if earlier else folder
+    if not run.resume and not restarted and (folder / "log.txt").exists():
         raise ConfigError(f"{folder} holds a run already: give --run.resume or another --run.out")
     return folder
 
@@ -37,12 +38,11 @@ def choose_folder(run: RunConfig, name: str) -> Path:
 class RunLog:
     """Writes on the first process and is silent on all others. Every line is in the file before the call returns."""
 
-    def __init__(self, folder: Path, is_first: bool, append: bool = False) -> None:
+    def __init__(self, folder: Path, is_first: bool, mode: Literal["x", "a", "w"] = "x") -> None:
         self.folder, self.is_first = folder, is_first
         self.terminal = is_first and sys.stdout.isatty()
         if is_first:
             folder.mkdir(parents=True, exist_ok=True)
-            mode = "a" if append else "x"
             self.text = open(folder / "log.txt", mode, encoding="utf-8")  # noqa: SIM115
             self.records = open(folder / "metrics.jsonl", mode, encoding="utf-8")  # noqa: SIM115
 
