@@ -319,7 +319,9 @@ def _typed(value: Any, hint: Any, option: str) -> Any:
         _require(fits, option, _shown(value), f"one of {', '.join(map(str, parts))}")
     else:
         fits = type(value) is hint or hint is float and type(value) is int
-        _require(fits, option, _shown(value), {int: "a whole number", float: "a number", bool: "on or off"}.get(hint, "text"))
+        _require(
+            fits, option, _shown(value), {int: "a whole number", float: "a number", bool: "on or off"}.get(hint, "text")
+        )
     return value
 
 
@@ -329,7 +331,7 @@ def parse(arguments: list[str], default_preset: str) -> Config:
     if arguments and not arguments[0].startswith("-"):
         preset, arguments = arguments[0], arguments[1:]
     if preset not in presets:
-        raise ConfigError(f"there is no preset {preset!r}: choose one of {', '.join(presets)}")
+        raise ConfigError(f"there is no preset {preset[:50]!r}: choose one of {', '.join(presets)}")
     config = tyro.cli(Config, default=presets[preset], args=arguments, prog=f"train_switch_bank.py {preset}")
     # A length given by hand replaces the preset's own way of giving it.
     given, own = config.run, presets[preset].run
