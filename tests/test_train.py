@@ -153,6 +153,7 @@ def test_the_record_configuration_takes_real_steps_on_a_cpu(tmp_path):
         "record", "--data.train", f"{tmp_path}/train_*.bin", "--data.val", f"{tmp_path}/val_*.bin", "--run.steps", "6",
         "--data.slice-tokens", "1024", "--data.slices-per-step", "2", "--data.val-slice-tokens", "1024",
         "--data.val-tokens", "65536", "--run.tokens-per-forward", "2048", "--run.no-compile", "--run.log-every", "1",
+        "--run.val-at-seconds", "100000",
     ]  # fmt: skip
     out = tmp_path / "record"
     result = train(options, out)

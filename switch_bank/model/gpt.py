@@ -1,19 +1,21 @@
 """SwitchBankGPT: the language model whose layers share one bank of experts."""
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from switch_bank.config import ModelConfig, compute_dtype
+from switch_bank.config import Config, ModelConfig, compute_dtype
 from switch_bank.model.attention import attention_matrices, rms_norm, rotary_tables, self_attention
 from switch_bank.model.bank import Bank, Experts
 from switch_bank.model.features import Documents, documents_of, ema_features
+from switch_bank.model.folder import ModelFolderError, read_folder
 from switch_bank.model.router import RouterOfLayer, Routers, Routing
-from switch_bank.ops.attention import build_mask, choose_backend
+from switch_bank.ops.attention import BLOCK, build_mask, choose_backend
 from switch_bank.ops.noise import gumbel
-from switch_bank.schedules import StepState
+from switch_bank.schedules import StepState, step_state
 
 SKIPS = {9: 6, 10: 4, 11: 2}  # U-net skips: layer -> the earlier layer whose output it gets
 IGNORE = -100  # target that no loss is taken of
@@ -61,6 +63,45 @@ class SwitchBankGPT(nn.Module):
         # A layer's scalars: weight of its U-net skip, λ₀ of x, λ₁ of x⁰, weights of v and of the value embedding.
         self.scalars = nn.Parameter(torch.tensor([1.0, 1.0, 0.0, 0.5, 0.5]).repeat(config.layers, 1))
         self.head = nn.Parameter(torch.zeros(config.padded_vocab, config.width))
+        self.trained_state: StepState | None = None  # of the step that loaded weights were trained to
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, device: torch.device | str = "cpu") -> "SwitchBankGPT":
+        """The model, in eval mode, of a folder that `python -m switch_bank export` wrote; `predict` gives its logits.
+
+        Raises ModelFolderError or ConfigError for a file that is missing, damaged or does not fit.
+        """
+        return cls.trained(*read_folder(Path(folder)), device)
+
+    @classmethod
+    def trained(
+        cls, config: Config, weights: dict[str, Tensor], step: int, device: torch.device | str
+    ) -> "SwitchBankGPT":
+        """The model of a run after `step` steps, in eval mode. weights: its state_dict, which the model takes over."""
+        with torch.device("meta"):
+            model = cls(config.model)
+        try:
+            model.load_state_dict(weights, assign=True)
+        except RuntimeError as error:
+            lines = " ".join(str(error).split())
+            raise ModelFolderError(f"the weights do not fit their configuration: {lines}") from error
+        model.trained_state = step_state(step, config, device)
+        return model.to(device).eval()
+
+    @torch.no_grad()
+    def predict(self, tokens: Tensor) -> Tensor:
+        """The logits of each next token, [B, T, vocab_size] float32, of a trained model in eval mode.
+
+        tokens: [B, T] int64; documents begin with `config.eod_token`. Row t depends on tokens 0..t alone.
+        """
+        if self.trained_state is None:
+            raise RuntimeError("this model is not trained: load one with SwitchBankGPT.from_folder")
+        backend, length = self.attention_backend, tokens.shape[1]
+        window = int(self.trained_state.window) if backend == "flash" else None
+        if backend == "flex":  # which takes whole blocks
+            tokens = F.pad(tokens, (0, -length % BLOCK), value=self.config.eod_token)
+        hidden, _, _ = self.trunk(tokens, self.trained_state, window=window)
+        return self.logits(hidden[:, :length]).float()[..., : self.config.vocab_size]
 
     @property
     def attention_backend(self) -> str:
