@@ -97,7 +97,7 @@ def test_a_resumed_run_cuts_back_to_its_checkpoint_and_goes_on(tmp_path: Path) -
         "metrics.jsonl": 2 * len('{"kind": "train", "step": 0}\n'),
     }
     run_log.cut_back(tmp_path, sizes)
-    again = run_log.RunLog(tmp_path, is_first=True, append=True)
+    again = run_log.RunLog(tmp_path, is_first=True, mode="a")
     assert again.sizes() == sizes
     for step in range(2, 4):
         again.line(f"step {step} äöü")
