@@ -28,8 +28,10 @@ from switch_bank.config import Config, ConfigError, compute_dtype, from_dict, pa
 from switch_bank.data import DataError, Shards, TokenStream, validation_batches
 from switch_bank.distributed import World
 from switch_bank.model.gpt import SwitchBankGPT
+from switch_bank.model.router import RoutingSums
 from switch_bank.model.size import size_table
 from switch_bank.optim.groups import QuantileClip, build_optimizers, parameter_groups, set_rates
+from switch_bank.routing_metrics import RoutingMetrics
 from switch_bank.validation import least_share, validate
 
 
@@ -115,28 +117,30 @@ def main(config: Config, world: World) -> None:
             return None
         return schedules.attention_window(step, config.schedule.steps, config.model.window)
 
-    def train_step(step: int, noise: bool, check_finite: bool) -> Tensor:
-        """One update from this process's slices of the step. The mean loss over all slices, on the device."""
+    def train_step(step: int, noise: bool, check_finite: bool) -> tuple[Tensor, RoutingSums]:
+        """One update from this process's slices of the step. The mean loss over all slices, and their routing; both on
+        the device."""
         inputs, targets = stream.batch(step)
         gradients.zero_()
-        statistics = torch.zeros(1 + picks.numel(), device=device)
+        statistics = torch.zeros((), device=device)
         for some in zip(*(part.split(slices_together) for part in (inputs, targets, own_slices)), strict=True):
             output = model(some[0], some[1], states[step], some[2], seed if noise else None, window_of(step))
             share = slices_together / data.slices_per_step
             (output.loss * share).backward()
-            statistics += torch.cat([output.cross_entropy.view(1) * share, output.pick_counts.flatten()])
+            statistics = statistics + torch.cat([output.cross_entropy.view(1) * share, output.routing.flat()])
         distributed.summed(gradients)
-        loss, counts = distributed.summed(statistics).split([1, picks.numel()])
+        loss, routing_row = distributed.summed(statistics).tensor_split([1])
+        routing = RoutingSums.from_flat(routing_row, *picks.shape)
         if check_finite and not bool(torch.isfinite(gradients.sum() + loss)):
             stop_non_finite(step, loss)
         clip.step()
         set_rates(muon, adam, step, config)
         muon.step()
         adam.step()
-        picks.mul_(0.9).add_(counts.view_as(picks))
+        picks.mul_(0.9).add_(routing.counts)
         if model.routers is not None and config.model.balance == "bias":
-            model.routers.update_balance_bias(counts.view_as(picks), model.routers.active(states[step]))
-        return loss
+            model.routers.update_balance_bias(routing.counts, model.routers.active(states[step]))
+        return loss, routing
 
     def stop_non_finite(step: int, loss: Tensor) -> None:
         candidates = [("the loss", loss), *model.named_parameters()]
@@ -152,6 +156,7 @@ def main(config: Config, world: World) -> None:
             "config": dataclasses.asdict(config), "step": step, "seconds": clock.seconds, "log_sizes": log.sizes(),
             "model": model.state_dict(), "muon": muon.state_dict(), "adam": adam.state_dict(),
             "clip": clip.state_dict(), "picks": picks, "readings": readings, "times_resumed": times_resumed,
+            "loads": routing_metrics.loads,
         }  # fmt: skip
 
     def load_state(state: dict[str, Any]) -> None:
@@ -163,6 +168,7 @@ def main(config: Config, world: World) -> None:
 
     # ---- warm-up: all that will run is compiled here; the steps it takes are undone ------------------------------
     clock, readings, times_resumed = TrainingClock(device), sorted(run.val_at_seconds), 0
+    routing_metrics = RoutingMetrics()
     fresh = checkpoint.copy_to_host(run_state(0))
     noises = dict.fromkeys(schedules.gumbel_noise(step, config.schedule) for step in range(config.schedule.steps))
     windows = dict.fromkeys(window_of(step) for step in range(config.schedule.steps + 1))
@@ -217,7 +223,7 @@ def main(config: Config, world: World) -> None:
     if saved is not None:
         load_state(saved)
         first_step, readings, times_resumed = saved["step"], saved["readings"], saved["times_resumed"] + 1
-        clock = TrainingClock(device, saved["seconds"])
+        clock, routing_metrics.loads = TrainingClock(device, saved["seconds"]), saved["loads"]
         log.line(f"resumed at step {first_step}, resume number {times_resumed}")
     elif world.rank == 0:
         run_log.write_config(folder, config)
@@ -261,6 +267,12 @@ def main(config: Config, world: World) -> None:
                 log.line(f"{line} step_avg:{1000 * seconds / max(1, step):.2f}ms")
                 values = {"val_loss": validation.loss, "val_tokens": validation.tokens}
                 log.metrics("val", {"step": step, "train_time_s": seconds} | values)
+                if model.routers is not None:
+                    active = model.routers.active(states[step])
+                    routes = routing_metrics.record("val", step, validation.routing, active, model.routers)
+                    log.metrics("routing", routes)
+                    parts = ", ".join(f"{part} {value:.2f}" for part, value in routes["health_parts"].items())
+                    log.line(f"router health {routes['health']:.2f} at step {step}: {parts}")
                 if not distributed.same_weights(model):
                     raise RuntimeError(f"step {step}: the weights differ between the processes; this run is void")
                 clock.start()
@@ -279,7 +291,9 @@ def main(config: Config, world: World) -> None:
                     log.line(f"step:{step}/{steps} pruned experts: {model.routers.pruned.nonzero().flatten().tolist()}")
             logging = (step + 1) % run.log_every == 0 or step == first_step
             # To read whether a number is finite makes a GPU wait, so there it is read only when logging.
-            loss = train_step(step, schedules.gumbel_noise(step, config.schedule), logging or device.type == "cpu")
+            loss, routing = train_step(
+                step, schedules.gumbel_noise(step, config.schedule), logging or device.type == "cpu"
+            )
             if device.type == "cuda":
                 # At most one step is queued behind the one that runs: the clock stays true and the GPU stays busy.
                 in_flight.append(torch.cuda.Event())
@@ -297,6 +311,9 @@ def main(config: Config, world: World) -> None:
                 log.progress(f"{line} {speed:,.0f} tokens/s, {average * (steps - step - 1):.0f} s left")
                 values = {"train_loss": mean_loss, "tokens_per_s": speed, "epoch": stream.epoch(step)}
                 log.metrics("train", {"step": step + 1, "train_time_s": seconds} | values)
+                if model.routers is not None:
+                    active = model.routers.active(states[step])
+                    log.metrics("routing", routing_metrics.record("train", step + 1, routing, active, model.routers))
             if stream.epoch(step + 1) > stream.epoch(step):
                 log.line(f"step:{step + 1}/{steps} the training data starts over: epoch {stream.epoch(step + 1)}")
 
@@ -309,7 +326,7 @@ def main(config: Config, world: World) -> None:
         log.line(f"peak memory: {torch.cuda.max_memory_allocated() // 2**20} MiB")
     log.line(f"graphs compiled before step 0: {graphs_before}, after it: {compiled_graphs() - graphs_before}")
     if model.routers is not None:
-        share = least_share(validation.pick_counts, model.routers.active(states[steps]))
+        share = least_share(validation.routing.counts, model.routers.active(states[steps]))
         log.line(f"least used expert: {share:.2f} of an even share of the bank's validation tokens")
     log.line(
         f"result: val_loss {validation.loss:.4f} over {validation.tokens} tokens after {steps} steps, "

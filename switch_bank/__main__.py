@@ -1,5 +1,6 @@
 """`python -m switch_bank VERB ...`: what can be done with a run, or with what it left behind."""
 
+import signal
 import sys
 from importlib import import_module
 
@@ -23,4 +24,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends a verb silently, as it does other programs
     sys.exit(main(sys.argv[1:]))
