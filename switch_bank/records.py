@@ -265,11 +265,11 @@ def check_metrics(log: Log, parts: list[Part]) -> Iterator[str]:
             kind = record["kind"]
             if kind in ("train", "val"):
                 milliseconds = int(f"{1000 * record['train_time_s']:.0f}")
-                in_metrics.append(Loss(record["step"], kind, f"{record[f'{kind}_loss']:.4f}", milliseconds))
+                in_metrics.append(Loss(int(record["step"]), kind, f"{record[f'{kind}_loss']:.4f}", milliseconds))
                 tokens = parts[0].config.data.val_tokens
                 if kind == "val" and record["val_tokens"] != tokens:
                     yield f"the validation at step {record['step']} read {record['val_tokens']} tokens, not {tokens}"
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, OverflowError):
             yield f"line {number} of metrics.jsonl cannot be read"
     for loss in Counter(in_log) - Counter(in_metrics):
         yield f"the log has {loss}, and metrics.jsonl has not"

@@ -13,7 +13,7 @@ import pytest
 
 from switch_bank.data import write_shard
 from switch_bank.records import main
-from tests.test_train import EOD, byte_documents, tiny, train
+from tests.test_train import EOD, ROOT, byte_documents, tiny, train
 
 OPTIONS = ["--run.steps", "12", "--run.val-at-steps", "4", "8", "--run.checkpoint-every", "5"]
 
@@ -76,7 +76,11 @@ def test_the_log_of_a_resumed_run_agrees(copy, shards, verify):
     assert "resumed 1 times" in result.stdout
     assert verify(copy) == (0, [])
     change(copy / "log.txt", "resumed at step 10, resume number 1", "resumed at step 10, resume number 2")
-    assert verify(copy)[1] == ["there are 2 config lines, one for each start, and resumes with the numbers [2]"]
+    change(copy / "log.txt", r"(resume number 2\nconfig .*'muon_lr': )0.025", r"\g<1>0.05")
+    assert verify(copy)[1] == [
+        "the config lines at the start and at step 10: optim.muon_lr is 0.025 and 0.05",
+        "there are 2 config lines, one for each start, and resumes with the numbers [2]",
+    ]
 
 
 def test_a_resume_with_another_source_is_named(copy, verify):
@@ -140,6 +144,11 @@ TAMPERING = {
     "a dropped validation": (r"^step:4/12 val.*\n", "", "no validation line at step 4"),
     "an added line": (r"^(step:6/12 train.*\n)", r"\1\1", "step 6 has two training lines"),
     "lines in another order": (r"^(step:5/12 .*\n)(step:6/12 .*\n)", r"\2\1", "step 5 comes after step 6"),
+    "lines that were not asked for": (
+        "^(config .*'log_every': )1",
+        r"\g<1>5",
+        "the training line of step 2 is one that this run does not write",
+    ),
     "half a line": ("^(step:7/12 train_loss:.*) step_avg.*", r"\1", "not a whole step line: 'step:7/12 train_loss:"),
     "another length": ("^step:9/12 train", "step:9/10 train", "step 9 is one of 10, and the config line has 12"),
     "an average": (r"^(step:9/12 .*step_avg:)[\d.]+", r"\g<1>1.00", "step 9: step_avg is 1.0 ms, train_time by steps "),
@@ -164,6 +173,7 @@ TAMPERING = {
         r"\g<1>99",
         "val_000000.bin: the log says 99 tokens and the file holds another",
     ),
+    "all data": (r"^(data .*\n)+", "", "data: the log names no file"),
     "a row of the table": (
         "^(experts +)8,192",
         r"\g<1>1,024",
@@ -175,6 +185,8 @@ TAMPERING = {
         r"\g<1>2",
         "2 graphs were compiled after step 0, where there must be none",
     ),
+    "no count of graphs": (r"^graphs compiled.*\n", "", "no line says how many graphs were compiled after step 0"),
+    "no check of causality": (r"^causal: yes\n(  .*\n)+", "", "the log has no check of causality"),
     "an option": ("^(config .*'seed': )0", r"\g<1>7", "the config line and config.json: run.seed is 7 and 0"),
     "half a config line": ("^(config .{100}).*", r"\1", "the config line cannot be read: SyntaxError: "),
     "no config line": (r"^config .*\n", "", "no config line comes before the first step line"),
@@ -211,10 +223,14 @@ def test_what_was_changed_in_a_log_is_named(copy, verify, what):
 
 
 @pytest.mark.parametrize("what", ["a dropped training line", "a dropped validation", "lines in another order"])
-def test_a_missing_line_is_named_without_the_files_beside_the_log_too(copy, verify, what):
-    for beside in ("metrics.jsonl", "config.json"):
+def test_a_missing_line_is_named_without_the_files_beside_the_log_too(copy, verify, what, capsys):
+    for beside in ("config.json", "metrics.jsonl"):
         (copy / beside).unlink()
-    assert verify(copy) == (0, [])
+    assert main(["verify", str(copy / "log.txt")]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if "was not compared" in line] == [
+        "config.json",
+        "metrics.jsonl",
+    ]
     test_what_was_changed_in_a_log_is_named(copy, verify, what)
 
 
@@ -360,6 +376,17 @@ def test_losses_that_the_source_does_not_give_are_caught(replay, copy, capfd):
 def test_other_data_is_caught(replay, shards, capfd):
     assert replay("--steps", "1", "--yes", "--data.train", f"{shards}/val_*.bin") == 1
     assert "does not agree: the data that was read does not have the checksums of the log" in capfd.readouterr().out
+    (folder,) = Path("runs").iterdir()
+    assert "\nresult: " not in (folder / "run" / "log.txt").read_text()  # it went no further than it had to
+
+
+def test_a_replay_of_another_source_than_the_logs_is_caught(replay, copy, monkeypatch, capfd):
+    """Python is told not to look beside the program for its modules, and finds those of this package."""
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    change(copy / "log.txt", "^MAGIC = 20240520$", "MAGIC = 20240520  # nothing else")
+    assert replay("--steps", "1", "--yes") == 1
+    assert "does not agree: the source that ran is not the log's" in capfd.readouterr().out
 
 
 def test_a_source_that_does_not_run_is_told_with_its_error(replay, copy, capfd):
