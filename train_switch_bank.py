@@ -83,10 +83,10 @@ def main(config: Config, world: World) -> None:
         run_log.cut_back(folder, saved["log_sizes"])
     log = run_log.RunLog(folder, world.rank == 0, mode="a" if saved is not None else "w" if restarted else "x")
     if saved is None:
-        log.line(run_log.source(), console=False)
-        log.line(f"===== run\nname: {name}\n{run_log.environment(device, world.size)}", console=False)
-        for path, tokens, sha256 in train_shards.summary() + val_shards.summary():
-            log.line(f"data {path} tokens {tokens} sha256 {sha256}", console=False)
+        log.line(f"{run_log.source()}\n===== run\nname: {name}", console=False)
+    log.line(f"{run_log.source_checksums()}\n{run_log.environment(device, world.size)}", console=False)
+    for path, tokens, sha256 in train_shards.summary() + val_shards.summary():
+        log.line(f"data {path} tokens {tokens} sha256 {sha256}", console=False)
 
     # ---- model and optimizers ------------------------------------------------------------------------------------
     if device.type == "cpu":
@@ -221,7 +221,7 @@ def main(config: Config, world: World) -> None:
         log.line(f"resumed at step {first_step}, resume number {times_resumed}")
     elif world.rank == 0:
         run_log.write_config(folder, config)
-        log.line(f"config {dataclasses.asdict(config)}", console=False)
+    log.line(f"config {dataclasses.asdict(config)}", console=False)
     log.line(f"{steps} steps of {stream.step_tokens} tokens, {stream.steps_in_one_epoch} an epoch, seed {run.seed}")
     graphs_before = compiled_graphs()
     checkpoints = checkpoint.Writer()
@@ -313,7 +313,7 @@ def main(config: Config, world: World) -> None:
         log.line(f"least used expert: {share:.2f} of an even share of the bank's validation tokens")
     log.line(
         f"result: val_loss {validation.loss:.4f} over {validation.tokens} tokens after {steps} steps, "
-        f"{clock.seconds:.1f} s of training, seed {run.seed}, resumed {times_resumed} times, {causal} ({folder})"
+        f"{seconds:.1f} s of training, seed {run.seed}, resumed {times_resumed} times, {causal} ({folder})"
     )
 
 

@@ -294,7 +294,7 @@ def _shown(value: Any) -> str:
 def _typed(value: Any, hint: Any, option: str) -> Any:
     """`value` as the type `hint`, within its bounds; dicts become dataclasses and lists tuples. Else ConfigError."""
     kind, parts = get_origin(hint), get_args(hint)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         _require(isinstance(value, dict), option, _shown(value), "a dict of options")
         hints = get_type_hints(hint, include_extras=True)
         for name in value:

@@ -1,6 +1,7 @@
 """What a run leaves behind while it runs: log.txt, which begins with its own source, metrics.jsonl and config.json."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import platform
@@ -90,10 +91,21 @@ def write_config(folder: Path, config: Config) -> None:
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n", encoding="utf-8")
 
 
+def source_files() -> dict[str, str]:
+    """The text of the trainer and of every module of the package, by its path from the repository's root."""
+    files = [ROOT / "train_switch_bank.py", *sorted((ROOT / "switch_bank").rglob("*.py"))]
+    return {file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8") for file in files}
+
+
 def source() -> str:
     """The trainer and every module of the package, each under a line with its name."""
-    files = [ROOT / "train_switch_bank.py", *sorted((ROOT / "switch_bank").rglob("*.py"))]
-    return "\n".join(f"===== {file.relative_to(ROOT).as_posix()}\n{file.read_text(encoding='utf-8')}" for file in files)
+    return "\n".join(f"===== {name}\n{text}" for name, text in source_files().items())
+
+
+def source_checksums() -> str:
+    """A line for each file of `source`, with the sha256 of its text in UTF-8."""
+    sums = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in source_files().items()}
+    return "\n".join(f"source {name} sha256 {sha256}" for name, sha256 in sums.items())
 
 
 def environment(device: torch.device, processes: int) -> str:
