@@ -137,7 +137,7 @@ def _layer(layer: int | None, counts: NDArray[np.int64], experts: list[int], top
         return [expert for expert, is_chosen in zip(experts, mask, strict=True) if is_chosen]
 
     means = counts.mean(0)
-    multiples, fair = fair_multiples(means), means.mean()
+    multiples, fair = fair_multiples(counts.sum(0)), means.mean()
     profile, each_row = spread(means), spread(counts)
     over_rows = Spread(*(values.mean(0) for values in each_row))
     rows_chance = chance_cv(counts.sum() / len(counts), len(experts), top_k or 1)

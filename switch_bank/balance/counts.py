@@ -1,6 +1,5 @@
 """Counts of tokens per expert, read from a run's folder, or from text, CSV or JSON that any program wrote."""
 
-import csv
 import json
 import re
 from collections import Counter
@@ -194,6 +193,8 @@ def _json_row(item: Any, part: str | None, name: str) -> Row:
             part = _one_part(item["split"], name)
     if not (isinstance(counts, list) and all(isinstance(layer, list) for layer in counts)):
         raise CountsError(f"{name}: its counts are not a list over layers of lists over experts")
+    if not isinstance(active, list | None):
+        raise CountsError(f"{name}: its active experts are {active!r}: expected a list of their numbers")
     return Row(part, name, dict(enumerate(counts)), active)
 
 
@@ -214,29 +215,30 @@ def csv_rows(text: str) -> list[Row]:
     (expert_0, e0, 0). Columns layer, split and step may stand beside them. Lines of the same step and split make a
     row; without steps, the n-th line of each layer and split (and expert) belongs to its n-th row.
     """
-    lines = text.splitlines()
-    header = lines[0] if lines else ""
-    reader = csv.DictReader(lines, delimiter=max(",;\t", key=header.count))
-    names = [name.strip().lower() for name in reader.fieldnames or []]
-    reader.fieldnames = names
-    wide = [name for name in names if EXPERT_COLUMN.fullmatch(name)]
+    header, *lines = text.splitlines() or [""]
+    separator = max(",;\t", key=header.count)
+    names = [name.lower() for name in _cells(header, separator)]
+    wide = sorted(filter(EXPERT_COLUMN.fullmatch, names), key=lambda name: int(re.sub(r"\D", "", name)))
     known = {"layer", "split", "step", *(wide or ["expert", "count"])}
     if set(names) - known or len(set(names)) < len(names) or not (wide or {"expert", "count"} <= set(names)):
         raise CountsError(
-            f"the first line is {header!r}: it must name the columns, expert and count or one numbered column an "
+            f"the first line is {header[:60]!r}: it must name the columns, expert and count or one numbered column an "
             "expert, and if there are any layer, split and step"
         )
     found: dict[tuple[str | None, str], Row] = {}
     times: Counter[tuple[str | None, int, int]] = Counter()
-    for line in reader:
-        number = reader.line_num
-        if None in line or None in line.values():
-            raise CountsError(f"line {number} does not have the {len(names)} columns of the first line")
+    for number, text_line in enumerate(lines, 2):
+        if not text_line.strip():
+            continue
+        cells = _cells(text_line, separator)
+        if len(cells) != len(names):
+            raise CountsError(f"line {number} has {len(cells)} columns and the first line {len(names)}")
+        line = dict(zip(names, cells, strict=True))
         part = _one_part(line["split"], f"line {number}") if "split" in names else None
         layer = _index(line.get("layer", "0"), f"line {number}: layer")
         experts = range(len(wide)) if wide else [_index(line["expert"], f"line {number}: expert")]
         for expert, value in zip(experts, (line[name] for name in wide or ["count"]), strict=True):
-            step = line.get("step", str(times[part, layer, expert])).strip()
+            step = line.get("step", str(times[part, layer, expert]))
             times[part, layer, expert] += 1
             label = f"row {len(found) + 1} (step {step})" if "step" in names else f"row {len(found) + 1}"
             row = found.setdefault((part, step), Row(part, label, {}))
@@ -248,9 +250,13 @@ def csv_rows(text: str) -> list[Row]:
     return list(found.values())
 
 
+def _cells(line: str, separator: str) -> list[str]:
+    return [cell.strip().strip('"') for cell in line.split(separator)]
+
+
 def _index(text: str, place: str) -> int:
-    if not text.strip().isdecimal():
-        raise CountsError(f"{place} is {text!r}: it must be a whole number from 0 up")
+    if not text.isdecimal() or len(text) > 6:
+        raise CountsError(f"{place} is {text!r}: it must be a whole number from 0 to 999999")
     return int(text)
 
 

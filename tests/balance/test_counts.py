@@ -163,11 +163,11 @@ def test_csv_has_a_line_for_each_count_or_a_column_for_each_expert(tmp_path: Pat
     splits = ["train", "train", "val"]
     cells = [(splits[r], 10 * r, layer, e, expected[r, layer, e]) for r, layer, e in np.ndindex(3, 2, 4)]
     long = "split,step,layer,expert,count\n" + "\n".join(",".join(map(str, cell)) for cell in cells)
-    wide = "Step;Layer;expert_0;expert_1;expert_2;expert_3;Split\n" + "\n".join(
+    wide = 'Step;Layer;"expert_0";expert_1; expert_2;expert_3;"Split"\n' + "\n".join(
         ";".join(map(str, [10 * r, layer, *expected[r, layer], splits[r]])) for r, layer in np.ndindex(3, 2)
     )
-    no_steps = "layer\te0\te1\te2\te3\tsplit\n" + "\n".join(
-        "\t".join(map(str, [layer, *expected[r, layer], splits[r]])) for layer, r in np.ndindex(2, 3)
+    no_steps = "layer\te3\te2\te1\te0\tsplit\n" + "\n".join(
+        "\t".join(map(str, [layer, *expected[r, layer, ::-1], splits[r]])) for layer, r in np.ndindex(2, 3)
     )
     for text in (long, wide, no_steps):
         counts = read_counts(write(tmp_path, "counts.csv", text))
@@ -186,9 +186,10 @@ def test_csv_has_a_line_for_each_count_or_a_column_for_each_expert(tmp_path: Pat
         ("layer,e0,e1,loss\n0,1,2,3", "the first line is 'layer,e0,e1,loss'"),
         ("layer,e0,e0\n0,1,2", "the first line is 'layer,e0,e0'"),
         ("layer,e0,e1\n", "no rows"),
-        ("layer,e0,e1\n0,1,2\n0,3\n", "line 3 does not have the 3 columns"),
-        ("layer,e0,e1\n0,1,2,3\n", "line 2 does not have the 3 columns"),
-        ("layer,e0,e1\n\nx,1,2\n", "line 3: layer is 'x': it must be a whole number from 0 up"),
+        ("layer,e0,e1\n0,1,2\n0,3\n", "line 3 has 2 columns and the first line 3"),
+        ("layer,e0,e1\n0,1,2,3\n", "line 2 has 4 columns and the first line 3"),
+        ("layer,e0,e1\n\nx,1,2\n", "line 3: layer is 'x': it must be a whole number from 0 to 999999"),
+        ("expert,count\n0,1\n9999999,1", "line 3: expert is '9999999': it must be a whole number from 0 to 999999"),
         ("split,e0,e1\ntest,1,2\n", "line 2: 'test' is no part: write train or val"),
         ("step,layer,e0,e1\n5,0,1,2\n5,0,3,4", "row 1 (step 5), layer 0, expert 0 is there twice, again in line 3"),
         ("step,layer,e0,e1\n5,0,1,2\n6,0,3,-4", "row 2 (step 6), layer 0, expert 1: '-4' is no count"),
@@ -231,6 +232,7 @@ def test_json_is_rows_or_parts_with_rows_or_what_a_run_writes(tmp_path: Path) ->
         ("[[[1, 2]], []]", "row 2 has layers none; the first row has layers 0"),
         ("[[]]", "row 1 has layers none"),
         ('[{"step": 3, "split": "train"}]', "row 1 (step 3): its counts are not a list"),
+        ('[{"counts": [[1, 2]], "active": 2}]', "row 1: its active experts are 2: expected a list of their numbers"),
         ('[{"counts": [[1, 2]], "active": [0, 2]}]', "row 1: its active experts are [0, 2]: expected numbers below 2"),
     ],
 )
