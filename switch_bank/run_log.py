@@ -114,7 +114,7 @@ def environment(device: torch.device, processes: int) -> str:
     lines = [f"python {platform.python_version()} on {platform.system()} {platform.release()}"]
     lines += [f"{name} {version}" for name in packages if (version := _version(name))]
     lines.append(f"cuda {torch.version.cuda}" if device.type == "cuda" else f"threads {torch.get_num_threads()}")
-    lines.append(f"processes {processes} on {os.cpu_count()} CPU cores ({_cpu_name()})")
+    lines.append(f"processes {processes} on {os.cpu_count()} CPU cores ({cpu_name()})")
     if device.type == "cuda":
         lines += [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         lines.append(_output(["nvidia-smi"]))
@@ -131,7 +131,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's name, as the system gives it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():
