@@ -28,6 +28,7 @@ from switch_bank.config import Config, ConfigError, ModelConfig, compute_dtype, 
 from switch_bank.data import Shards, TokenStream, write_shard
 from switch_bank.model.features import documents_of
 from switch_bank.model.gpt import SwitchBankGPT
+from switch_bank.model.router import RoutingSums
 from switch_bank.model.size import forward_flops, parts
 from switch_bank.optim.groups import QuantileClip, build_optimizers, parameter_groups, set_rates
 
@@ -74,25 +75,26 @@ class TrainingStep:
         seed = self.seed if schedules.gumbel_noise(step, config.schedule) else None
         inputs, targets = self.stream.batch(step)
         self.gradients.zero_()
-        sums = torch.zeros(1 + self.picks.numel(), device=self.device)
+        sums = torch.zeros((), device=self.device)
         for some in zip(
             *(part.split(self.slices_together) for part in (inputs, targets, self.own_slices)), strict=True
         ):
             output = model(some[0], some[1], state, some[2], seed, self.window(step))
             share = self.slices_together / config.data.slices_per_step
             (output.loss * share).backward()
-            sums += torch.cat([output.cross_entropy.view(1) * share, output.pick_counts.flatten()])
+            sums = sums + torch.cat([output.cross_entropy.view(1) * share, output.routing.flat()])
         distributed.summed(self.gradients)
-        loss, counts = distributed.summed(sums).split([1, self.picks.numel()])
+        loss, routing_row = distributed.summed(sums).tensor_split([1])
+        counts = RoutingSums.from_flat(routing_row, *self.picks.shape).counts
         if self.device.type == "cpu" and not bool(torch.isfinite(self.gradients.sum() + loss)):
             raise ArithmeticError(f"step {step}: the loss or a gradient is not finite")
         self.clip.step()
         set_rates(self.muon, self.adam, step, config)
         self.muon.step()
         self.adam.step()
-        self.picks.mul_(0.9).add_(counts.view_as(self.picks))
+        self.picks.mul_(0.9).add_(counts)
         if model.routers is not None and config.model.balance == "bias":
-            model.routers.update_balance_bias(counts.view_as(self.picks), model.routers.active(state))
+            model.routers.update_balance_bias(counts, model.routers.active(state))
         return loss
 
 

@@ -54,9 +54,9 @@ def test_the_three_forms_of_plain_muon_take_the_same_step(config_of):
     torch.manual_seed(0)
     given = gradients(shapes, "gaussian", CPU)
     steps = {}
-    for name, (parameters, optimizer) in contenders(shapes, config, CPU, lr=0.1, momentum=0.9).items():
+    for name, (parameters, muon) in contenders(shapes, config, CPU, lr=0.1, momentum=0.9).items():
         set_gradients(parameters, given)
-        optimizer.step()
+        muon.step()
         steps[name] = torch.cat([parameter.detach().flatten() for parameter in parameters])
     torch.testing.assert_close(steps["plain"], steps["plain_matmuls"], atol=1e-5, rtol=1e-4)
 
