@@ -55,7 +55,7 @@ def test_experts_that_take_turns_oscillate_and_lasting_imbalance_does_not() -> N
 
 
 def test_a_trend_is_named_if_it_is_certain_and_moves_something() -> None:
-    up, noise = np.arange(20), np.array([3, -2, -1, 0] * 5)
+    up, noise = np.arange(20), np.array([100, -100] * 10)  # the noise has a slope of -1.5
     layer = of_one_layer(np.stack([100 + up, 200 - up, 300 + noise, 10_000 + 0 * up], -1).tolist())
     assert layer.slopes[[0, 1, 3]].tolist() == pytest.approx([1, -1, 0])
     assert layer.rising == [] and layer.falling == []  # 19 picks are little beside a fair load of 2,650
