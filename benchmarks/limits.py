@@ -1,7 +1,7 @@
 """The two limits of a bank layer on this machine: what its arithmetic takes at the measured peak of matrix products,
 and what its bytes take at the measured bandwidth of memory.
 
-python -m benchmarks.limits [--json]
+python -m benchmarks.limits [--matrix-size N] [--megabytes N] [--json]
 """
 
 import argparse
@@ -34,12 +34,12 @@ def layer_bytes(shape: Shape, element: int) -> float:
     return activations * element + weights * (2 * 4 + 2 * element + 2 * 4)
 
 
-def measure(device: torch.device) -> list[dict[str, Any]]:
+def measure(device: torch.device, matrix_size: int, megabytes: int) -> list[dict[str, Any]]:
     """A row for each dtype and shape of benchmarks.bank, and for the dense feed-forward (one expert)."""
-    bandwidth = memory_bandwidth(device, 4096 if device.type == "cuda" else 512)
+    bandwidth = memory_bandwidth(device, megabytes)
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
-        peak = matmul_peak(device, dtype, 8192 if device.type == "cuda" else 2048)
+        peak = matmul_peak(device, dtype, matrix_size)
         for name, shapes in SHAPES.items():
             for shape in [shapes[0]._replace(experts=1), *shapes]:
                 rows.append({
@@ -55,8 +55,12 @@ def measure(device: torch.device) -> list[dict[str, Any]]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.limits", description=__doc__.split("\n\n")[0])
     parser.add_argument("--json", action="store_true", help="an object a line")
+    parser.add_argument("--matrix-size", type=int, help="of the products (default: 2048, on a GPU 8192)")
+    parser.add_argument("--megabytes", type=int, help="of the array to copy (default: 512, on a GPU 4096)")
     options = parser.parse_args()
-    rows = measure(start_device())
+    device = start_device()
+    size, megabytes = (8192, 4096) if device.type == "cuda" else (2048, 512)
+    rows = measure(device, options.matrix_size or size, options.megabytes or megabytes)
     if not options.json:
         print(f"{rows[0]['device']}: memory {rows[0]['memory_bytes_per_s'] / 1e9:.1f} GB/s")
     for row in rows:

@@ -13,7 +13,7 @@ from torch import Tensor
 from switch_bank.run_log import cpu_name
 
 FEWEST, MOST = 5, 200  # repetitions
-HEAD_START = 10_000_000  # GPU clock cycles, some 6 ms: for the host to queue a call before the GPU begins it
+HEAD_START = 40_000_000  # GPU clock cycles, some 20 ms: for the host to queue a call before the GPU begins it
 
 
 def start_device() -> torch.device:

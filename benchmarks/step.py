@@ -157,17 +157,19 @@ def prepared(config: Config, folder: Path, world: distributed.World) -> Training
     return step
 
 
-def peak_memory(config: Config, folder: Path, world: distributed.World) -> float:
-    """MB that training holds at most: on a GPU its tensors, on a CPU all of a process that does nothing else."""
+def prepared_with_memory(config: Config, folder: Path, world: distributed.World) -> tuple[TrainingStep, float]:
+    """The step, and the MB that training holds at most: on a GPU its tensors, on a CPU all of a process that does
+    nothing else."""
     if world.device.type == "cpu":
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-            return process.submit(peak_memory_of_process, config, folder).result()
+            megabytes = process.submit(peak_memory_of_process, config, folder).result()
+        return prepared(config, folder, world), megabytes
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     step = prepared(config, folder, world)
     for at in last_steps(config)[:2]:
         step(at)
-    return (torch.cuda.max_memory_allocated() - before) / 1e6
+    return step, (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
 def peak_memory_of_process(config: Config, folder: Path) -> float:
@@ -188,8 +190,9 @@ def measure(config: Config, world: distributed.World, seconds: float) -> dict[st
     dtype = compute_dtype(config.model.dtype, device)
     configs = {"bank": config, "dense": dense_baseline(config).check()}
     with tempfile.TemporaryDirectory() as folder:
-        memory = {name: peak_memory(own, Path(folder), world) for name, own in configs.items()}
-        steps = {name: prepared(own, Path(folder), world) for name, own in configs.items()}
+        steps, memory = {}, {}
+        for name, own in configs.items():
+            steps[name], memory[name] = prepared_with_memory(own, Path(folder), world)
         count = STEPS_A_TURN[device.type]
 
         def turns(step: TrainingStep) -> Callable[[], None]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import optimizer
+import benchmarks.optimizer
 from benchmarks.optimizer import (
     contenders,
     gradients,
@@ -81,10 +81,10 @@ def test_every_optimizer_has_a_row_and_turbo_is_the_most_orthogonal_on_gaussian_
 
 def test_the_program_prints_an_object_a_line_and_refuses_what_cannot_be(program):
     small = ["--model.layers", "1", "--model.width", "32", "--model.value-embeddings", "1", "--model.experts", "2"]
-    finished = program(optimizer, "nano", *small, "--seconds", "0", "--json")
+    finished = program(benchmarks.optimizer, "nano", *small, "--seconds", "0", "--json")
     assert finished.exit_code == 0, finished.err
     assert len(finished.out.splitlines()) == 4
     for line in finished.out.splitlines():
         check(json.loads(line), SCHEMA["optimizer"][0])
-    bad = program(optimizer, "nano", "--model.layers", "0")
+    bad = program(benchmarks.optimizer, "nano", "--model.layers", "0")
     assert (bad.exit_code, bad.err) == (2, "error: model.layers is 0: it must be in 1..512\n")

@@ -29,8 +29,8 @@ def inputs(tmp_path_factory) -> Path:
     shards.mkdir()
     random = np.random.default_rng(0)
     for name, tokens in ("docs_train_000001", 50_000), ("docs_val_000000", 70_000):
-        text = random.integers(50_256, size=tokens)
-        text[::500] = 50_256
+        text = random.integers(1, 512, size=tokens)
+        text[::500] = 0
         write_shard(shards / f"{name}.bin", text)
     with tarfile.open(folder / "docs_gpt2.tar.xz", "w:xz") as archive:
         archive.add(shards, "docs_gpt2")
