@@ -238,7 +238,8 @@ def test_a_validation_left_out_at_its_time_is_named(copy, verify):
     """Made from a run without one: the configuration asks for a reading at a time that two training lines pass."""
     times = re.findall(r"^step:[56]/12 train_loss.* train_time:(\d+)ms", (copy / "log.txt").read_text(), re.MULTILINE)
     first, second = map(int, times)
-    asked = (3 * first - second) / 2000  # half a step before `first`
+    assert first < second
+    asked = (first - 1) / 1000
     change(copy / "log.txt", r"'val_at_seconds': \([^)]*\)", f"'val_at_seconds': ({asked},)")
     (copy / "config.json").unlink()
     assert verify(copy)[1] == [f"the validation line of {asked:g} s is missing"]
@@ -267,12 +268,14 @@ def test_a_validation_of_other_tokens_is_named(copy, verify):
 
 def test_metrics_that_are_not_the_logs_are_named(copy, verify):
     lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
-    third = json.loads(lines[2])
-    lines[2] = "half a li\n"
+    records = [json.loads(line) for line in lines]
+    at = next(at for at, record in enumerate(records) if (record["kind"], record["step"]) == ("train", 3))
+    third = records[at]
+    lines[at] = "half a li\n"
     (copy / "metrics.jsonl").write_text("".join([*lines, json.dumps(third | {"step": 13})]))
     loss = f"train_loss {third['train_loss']:.4f} at {1000 * third['train_time_s']:.0f} ms"
     assert verify(copy)[1] == [
-        "line 3 of metrics.jsonl cannot be read",
+        f"line {at + 1} of metrics.jsonl cannot be read",
         f"the log has step 3, {loss}, and metrics.jsonl has not",
         f"metrics.jsonl has step 13, {loss}, and the log has not",
     ]
