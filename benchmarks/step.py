@@ -107,14 +107,16 @@ def dense_baseline(config: Config) -> Config:
 
 
 def write_random_shard(folder: Path, tokens: int, model: ModelConfig) -> Shards:
-    """Random tokens in documents of random lengths, half of them above `MEDIAN_DOCUMENT`, as one shard."""
+    """Random tokens in documents of random lengths, half of them above `MEDIAN_DOCUMENT`, as one shard in a new folder
+    under `folder`: shards that are being read may not change."""
     random = np.random.default_rng(0)
     text = random.integers(model.vocab_size, size=tokens)
     lengths = np.exp(random.normal(math.log(MEDIAN_DOCUMENT), 1.0, size=1 + tokens // 64)).astype(int) + 2
     starts = np.concatenate([[0], np.cumsum(lengths)])
     text[starts[starts < tokens]] = model.eod_token
-    write_shard(folder / "train_000000.bin", text)
-    return Shards.open(f"{folder}/train_*.bin", model.vocab_size)
+    own = tempfile.mkdtemp(dir=folder)
+    write_shard(f"{own}/train_000000.bin", text)
+    return Shards.open(f"{own}/train_*.bin", model.vocab_size)
 
 
 @torch.no_grad()
