@@ -12,7 +12,7 @@ from switch_bank.model.attention import attention_matrices, rms_norm, rotary_tab
 from switch_bank.model.bank import Bank, Experts
 from switch_bank.model.features import Documents, documents_of, ema_features
 from switch_bank.model.folder import ModelFolderError, read_folder
-from switch_bank.model.router import RouterOfLayer, Routers, Routing
+from switch_bank.model.router import RouterOfLayer, Routers, Routing, RoutingSums
 from switch_bank.ops.attention import BLOCK, build_mask, choose_backend
 from switch_bank.ops.noise import gumbel
 from switch_bank.schedules import StepState, step_state
@@ -42,7 +42,7 @@ class Output(NamedTuple):
     loss: Tensor  # 0-dim float32: mean cross-entropy, plus the auxiliary loss in training
     cross_entropy: Tensor  # 0-dim float32, detached: mean over the targets
     token_losses: Tensor  # [B, T] float32, detached; 0 at ignored targets
-    pick_counts: Tensor  # [L, E] float32: how often the tokens that have a target picked each expert
+    routing: RoutingSums
     margins: Tensor  # [B, T] float32: least lead, over the layers, of the last pick over the next best; inf in training
 
 
@@ -121,7 +121,7 @@ class SwitchBankGPT(nn.Module):
         """tokens, targets: [B, T] int64. Gumbel noise is drawn where a seed (0-dim int64) is given, for slices [B]
         int64 of the step. `window` in tokens replaces state.window for attention kernels that take a Python int."""
         hidden, routings, active = self.trunk(tokens, state, slices, seed, window)
-        output = self.losses(hidden, targets, routings, active)
+        output = self.losses(hidden, targets, routings, state, active)
         # Detached here: within a compiled part, a detached twin of the loss makes the loss come out without a gradient.
         return output._replace(cross_entropy=output.cross_entropy.detach(), token_losses=output.token_losses.detach())
 
@@ -235,22 +235,24 @@ class SwitchBankGPT(nn.Module):
         one = torch.zeros_like(n[..., :1])
         return x + self.bank(experts, n, one.long(), one + 1)
 
-    def losses(self, x: Tensor, targets: Tensor, routings: list[Routing], active: Tensor) -> Output:
+    def losses(self, x: Tensor, targets: Tensor, routings: list[Routing], state: StepState, active: Tensor) -> Output:
         """From the last block's output to the losses."""
         logits = self.logits(x).float()
         token_losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
         counted = targets != IGNORE
         cross_entropy = token_losses.sum() / counted.sum().clamp(min=1)
         loss = cross_entropy
-        pick_counts = torch.zeros(self.config.layers, self.config.experts, device=targets.device)
         margins = torch.full_like(token_losses, torch.inf).view_as(targets)
-        if self.routers is not None:
-            pick_counts = torch.stack([self.routers.pick_counts(r, active, counted) for r in routings])
+        if self.routers is None:
+            layers = self.config.layers
+            sums = RoutingSums.from_flat(torch.zeros(5 * layers, device=targets.device), layers, experts=1)
+        else:
+            sums = self.routers.sums(routings, state, active, counted)
             if self.training:
                 loss = loss + self.routers.auxiliary_loss(routings, active)
             else:
                 margins = torch.stack([self.routers.margin(r) for r in routings]).amin(0)
-        return Output(loss, cross_entropy, token_losses.view_as(targets), pick_counts, margins)
+        return Output(loss, cross_entropy, token_losses.view_as(targets), sums, margins)
 
     def logits(self, x: Tensor) -> Tensor:
         """The last block's output [..., D] -> [..., padded vocabulary], softly capped at ±15."""
