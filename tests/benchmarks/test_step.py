@@ -46,7 +46,7 @@ def config() -> Config:
 def test_its_losses_are_those_of_the_trainer(config, world, tmp_path):
     """Noise, clipping, rates, both optimizers: twenty steps lose what a run of the trainer loses."""
     shards = write_random_shard(tmp_path, 20_000, config.model)
-    data = ["--data.train", f"{tmp_path}/train_*.bin", "--data.val", f"{tmp_path}/train_*.bin"]
+    data = ["--data.train", shards.paths[0], "--data.val", shards.paths[0]]
     run = [sys.executable, "train_switch_bank.py", *TINY, *data, "--run.steps", "20", "--run.out", f"{tmp_path}/run"]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     subprocess.run(run, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=600)
