@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from switch_bank.data import write_shard
+from switch_bank.read_log import Log
 from switch_bank.records import main
+from switch_bank.replay import disagreements
 from tests.test_train import EOD, ROOT, byte_documents, tiny, train
 
 OPTIONS = ["--run.steps", "12", "--run.val-at-steps", "4", "8", "--run.checkpoint-every", "5"]
@@ -70,15 +72,18 @@ def test_an_honest_log_agrees(honest, capsys):
 
 def test_the_log_of_a_resumed_run_agrees(copy, shards, verify):
     os.replace(copy / "checkpoint.pt.previous", copy / "checkpoint.pt")
-    now = ["--run.resume", "--run.log-every", "2", "--run.val-at-steps", "11"]
+    now = ["--run.resume", "--run.log-every", "5", "--run.val-at-steps", "11"]
     result = train([*tiny(shards), *OPTIONS, *now], copy)
     assert result.returncode == 0, result.stderr
     assert "resumed 1 times" in result.stdout
     assert verify(copy) == (0, [])
     change(copy / "log.txt", "resumed at step 10, resume number 1", "resumed at step 10, resume number 2")
     change(copy / "log.txt", r"(resume number 2\nconfig .*'muon_lr': )0.025", r"\g<1>0.05")
+    (copy / "metrics.jsonl").unlink()
+    change(copy / "log.txt", r"^step:11/12 val_loss.*\n", "")
     assert verify(copy)[1] == [
         "the config lines at the start and at step 10: optim.muon_lr is 0.025 and 0.05",
+        "no validation line at step 11",
         "there are 2 config lines, one for each start, and resumes with the numbers [2]",
     ]
 
@@ -390,6 +395,27 @@ def test_a_replay_of_another_source_than_the_logs_is_caught(replay, copy, monkey
     change(copy / "log.txt", "^MAGIC = 20240520$", "MAGIC = 20240520  # nothing else")
     assert replay("--steps", "1", "--yes") == 1
     assert "does not agree: the source that ran is not the log's" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "why"),
+    [
+        ("torch 2.13.0", "torch 2.12.0", "the log's run had torch 2.12.0"),
+        ("threads 1", "threads 8", "the log's run had threads 8"),
+        ("processes 1 on 2 CPU cores (A)", "processes 1 on 2 CPU cores (B)", "the log's run had processes 1 on 2"),
+        ("cuda 13.0", "cuda 13.0", "a GPU does not give the same bits twice"),
+    ],
+)
+def test_on_another_machine_and_on_gpus_losses_may_differ_by_a_tolerance_that_is_said(
+    tmp_path, capsys, here, there, why
+):
+    log, again = (Log(tmp_path / "log.txt", {}, [line]) for line in (there, here))
+    said = {("train", 1): "5.9506", ("val", 2): "5.8000"}
+    assert list(disagreements(log, again, said, said | {("train", 1): "5.9106"})) == []
+    assert f"largest difference 0.0400, at step 1; tolerance 0.05: {why}" in capsys.readouterr().out
+    assert list(disagreements(log, again, said, said | {("val", 2): "5.8600"})) == [
+        "val_loss of step 2: 5.8000 in the log, 5.8600 in the replay"
+    ]
 
 
 def test_a_source_that_does_not_run_is_told_with_its_error(replay, copy, capfd):
