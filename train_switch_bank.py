@@ -6,6 +6,7 @@ python train_switch_bank.py [PRESET] [--group.option VALUE ...]     torchrun --n
 import contextlib
 import dataclasses
 import os
+import signal
 import statistics
 import sys
 import time
@@ -21,14 +22,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from switch_bank import audit, checkpoint, run_log, schedules
+from switch_bank import audit, checkpoint, distributed, run_log, schedules
 from switch_bank.clock import TrainingClock
 from switch_bank.config import Config, ConfigError, compute_dtype, from_dict, parse, resumed
 from switch_bank.data import DataError, Shards, TokenStream, validation_batches
-from switch_bank.distributed import World, flat_gradients, from_first, same_weights, start, summed, text_from_first
+from switch_bank.distributed import World
 from switch_bank.model.gpt import SwitchBankGPT
+from switch_bank.model.router import RoutingSums
 from switch_bank.model.size import size_table
 from switch_bank.optim.groups import QuantileClip, build_optimizers, parameter_groups, set_rates
+from switch_bank.routing_metrics import RoutingMetrics
 from switch_bank.validation import least_share, validate
 
 
@@ -36,13 +39,24 @@ class NonFiniteError(ArithmeticError):
     """The loss, a gradient or a parameter is inf or NaN; the message names the step, the parts and the saved state."""
 
 
+class Stopped(Exception):
+    """The run was asked to stop, and did so after a whole step; the message says how to go on."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
 def main(config: Config, world: World) -> None:
     # ---- configuration, and the folder of the run ----------------------------------------------------------------
     config.check(world.size)
     device, run = world.device, config.run
     name = config.preset if config.model.causal else f"{config.preset}-NOT-CAUSAL"
-    folder = Path(text_from_first(str(run_log.choose_folder(run, name))))
-    saved: dict[str, Any] | None = checkpoint.load(folder / "checkpoint.pt") if run.resume else None
+    # torchrun --max-restarts starts all processes anew when one has died: from the last checkpoint, if there is one.
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    folder = Path(distributed.text_from_first(str(run_log.choose_folder(run, name, restarted))))
+    resumes = run.resume or restarted and (folder / "checkpoint.pt").exists()
+    saved: dict[str, Any] | None = checkpoint.load(folder / "checkpoint.pt") if resumes else None
     if saved is not None:
         config = resumed(config, from_dict(saved["config"]))
     elif run.steps is not None:
@@ -69,12 +83,12 @@ def main(config: Config, world: World) -> None:
     # ---- the log: its own source first, then all that the run is made of -----------------------------------------
     if saved is not None and world.rank == 0:
         run_log.cut_back(folder, saved["log_sizes"])
-    log = run_log.RunLog(folder, world.rank == 0, append=saved is not None)
+    log = run_log.RunLog(folder, world.rank == 0, mode="a" if saved is not None else "w" if restarted else "x")
     if saved is None:
-        log.line(run_log.source(), console=False)
-        log.line(f"===== run\nname: {name}\n{run_log.environment(device, world.size)}", console=False)
-        for path, tokens, sha256 in train_shards.summary() + val_shards.summary():
-            log.line(f"data {path} tokens {tokens} sha256 {sha256}", console=False)
+        log.line(f"{run_log.source()}\n===== run\nname: {name}", console=False)
+    log.line(f"{run_log.source_checksums()}\n{run_log.environment(device, world.size)}", console=False)
+    for path, tokens, sha256 in train_shards.summary() + val_shards.summary():
+        log.line(f"data {path} tokens {tokens} sha256 {sha256}", console=False)
 
     # ---- model and optimizers ------------------------------------------------------------------------------------
     if device.type == "cpu":
@@ -84,7 +98,7 @@ def main(config: Config, world: World) -> None:
     torch.manual_seed(run.seed)
     with device:
         model = SwitchBankGPT(config.model)
-    gradients = flat_gradients(model.parameters())
+    gradients = distributed.flat_gradients(model.parameters())
     muon, adam = build_optimizers(model, config)
     optim = config.optim
     clip = QuantileClip(parameter_groups(model)["routers"], optim.router_clip_quantile, optim.router_clip_history)
@@ -103,28 +117,30 @@ def main(config: Config, world: World) -> None:
             return None
         return schedules.attention_window(step, config.schedule.steps, config.model.window)
 
-    def train_step(step: int, noise: bool, check_finite: bool) -> Tensor:
-        """One update from this process's slices of the step. The mean loss over all slices, on the device."""
+    def train_step(step: int, noise: bool, check_finite: bool) -> tuple[Tensor, RoutingSums]:
+        """One update from this process's slices of the step. The mean loss over all slices, and their routing; both on
+        the device."""
         inputs, targets = stream.batch(step)
         gradients.zero_()
-        statistics = torch.zeros(1 + picks.numel(), device=device)
+        statistics = torch.zeros((), device=device)
         for some in zip(*(part.split(slices_together) for part in (inputs, targets, own_slices)), strict=True):
             output = model(some[0], some[1], states[step], some[2], seed if noise else None, window_of(step))
             share = slices_together / data.slices_per_step
             (output.loss * share).backward()
-            statistics += torch.cat([output.cross_entropy.view(1) * share, output.pick_counts.flatten()])
-        summed(gradients)
-        loss, counts = summed(statistics).split([1, picks.numel()])
+            statistics = statistics + torch.cat([output.cross_entropy.view(1) * share, output.routing.flat()])
+        distributed.summed(gradients)
+        loss, routing_row = distributed.summed(statistics).tensor_split([1])
+        routing = RoutingSums.from_flat(routing_row, *picks.shape)
         if check_finite and not bool(torch.isfinite(gradients.sum() + loss)):
             stop_non_finite(step, loss)
         clip.step()
         set_rates(muon, adam, step, config)
         muon.step()
         adam.step()
-        picks.mul_(0.9).add_(counts.view_as(picks))
+        picks.mul_(0.9).add_(routing.counts)
         if model.routers is not None and config.model.balance == "bias":
-            model.routers.update_balance_bias(counts.view_as(picks), model.routers.active(states[step]))
-        return loss
+            model.routers.update_balance_bias(routing.counts, model.routers.active(states[step]))
+        return loss, routing
 
     def stop_non_finite(step: int, loss: Tensor) -> None:
         candidates = [("the loss", loss), *model.named_parameters()]
@@ -140,6 +156,7 @@ def main(config: Config, world: World) -> None:
             "config": dataclasses.asdict(config), "step": step, "seconds": clock.seconds, "log_sizes": log.sizes(),
             "model": model.state_dict(), "muon": muon.state_dict(), "adam": adam.state_dict(),
             "clip": clip.state_dict(), "picks": picks, "readings": readings, "times_resumed": times_resumed,
+            "loads": routing_metrics.loads,
         }  # fmt: skip
 
     def load_state(state: dict[str, Any]) -> None:
@@ -151,6 +168,7 @@ def main(config: Config, world: World) -> None:
 
     # ---- warm-up: all that will run is compiled here; the steps it takes are undone ------------------------------
     clock, readings, times_resumed = TrainingClock(device), sorted(run.val_at_seconds), 0
+    routing_metrics = RoutingMetrics()
     fresh = checkpoint.copy_to_host(run_state(0))
     noises = dict.fromkeys(schedules.gumbel_noise(step, config.schedule) for step in range(config.schedule.steps))
     windows = dict.fromkeys(window_of(step) for step in range(config.schedule.steps + 1))
@@ -176,7 +194,7 @@ def main(config: Config, world: World) -> None:
             train_step(at, schedules.gumbel_noise(at, config.schedule), check_finite=device.type == "cpu")
             timer.stop()
             times.append(timer.seconds)
-        steps = int(from_first(max(1, run.seconds // statistics.median(times[len(times) // 2 :])), world))
+        steps = int(distributed.from_first(max(1, run.seconds // statistics.median(times[len(times) // 2 :])), world))
         config, states = config.with_steps(steps), schedules.step_states(config.with_steps(steps), device)
         log.line(f"--run.seconds {run.seconds:g}: {steps} steps, fixed now from the median step time of the warm-up")
         if not data.repeat:
@@ -205,13 +223,22 @@ def main(config: Config, world: World) -> None:
     if saved is not None:
         load_state(saved)
         first_step, readings, times_resumed = saved["step"], saved["readings"], saved["times_resumed"] + 1
-        clock = TrainingClock(device, saved["seconds"])
+        clock, routing_metrics.loads = TrainingClock(device, saved["seconds"]), saved["loads"]
         log.line(f"resumed at step {first_step}, resume number {times_resumed}")
     elif world.rank == 0:
         run_log.write_config(folder, config)
-        log.line(f"config {dataclasses.asdict(config)}", console=False)
+    log.line(f"config {dataclasses.asdict(config)}", console=False)
     log.line(f"{steps} steps of {stream.step_tokens} tokens, {stream.steps_in_one_epoch} an epoch, seed {run.seed}")
     graphs_before = compiled_graphs()
+    checkpoints = checkpoint.Writer()
+    asked_to_stop = [0]  # the number of the signal
+
+    def ask_to_stop(number: int, frame: Any) -> None:
+        asked_to_stop[0] = number
+        signal.signal(number, signal.SIG_DFL)  # asked twice, it stops at once
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, ask_to_stop)
     in_flight: deque[torch.cuda.Event] = deque()
     profiler = torch.profiler.profile(
         schedule=torch.profiler.schedule(skip_first=10, wait=0, warmup=1, active=3, repeat=1),
@@ -221,10 +248,17 @@ def main(config: Config, world: World) -> None:
     with profiler if profiling else contextlib.nullcontext():
         clock.start()
         for step in range(first_step, steps + 1):
-            reading = bool(readings) and from_first(clock.seconds, world) >= readings[0]
-            if reading or step in run.val_at_steps or step == steps:
+            seconds, stop = distributed.agreed(clock.seconds, asked_to_stop[0], world)
+            if stop:
                 clock.stop()
-                seconds = from_first(clock.seconds, world)
+                if world.rank == 0:
+                    checkpoints.save(folder / "checkpoint.pt", run_state(step))
+                    checkpoints.wait()
+                where = f"stopped by {signal.Signals(stop).name} before step {step} of {steps}, which is saved"
+                raise Stopped(f"{where}: go on with the same command and --run.resume --run.out {folder}", stop)
+            if step in run.val_at_steps or step == steps or readings and seconds >= readings[0]:
+                clock.stop()
+                seconds = distributed.from_first(clock.seconds, world)
                 readings = [at for at in readings if at > seconds]
                 model.eval()
                 validation = validate(model, val_batches(), states[step], window_of(step))
@@ -233,12 +267,18 @@ def main(config: Config, world: World) -> None:
                 log.line(f"{line} step_avg:{1000 * seconds / max(1, step):.2f}ms")
                 values = {"val_loss": validation.loss, "val_tokens": validation.tokens}
                 log.metrics("val", {"step": step, "train_time_s": seconds} | values)
-                if not same_weights(model):
+                if model.routers is not None:
+                    active = model.routers.active(states[step])
+                    routes = routing_metrics.record("val", step, validation.routing, active, model.routers)
+                    log.metrics("routing", routes)
+                    parts = ", ".join(f"{part} {value:.2f}" for part, value in routes["health_parts"].items())
+                    log.line(f"router health {routes['health']:.2f} at step {step}: {parts}")
+                if not distributed.same_weights(model):
                     raise RuntimeError(f"step {step}: the weights differ between the processes; this run is void")
                 clock.start()
             due = run.checkpoint_every and step % run.checkpoint_every == 0 and first_step < step < steps
             if due and world.rank == 0:
-                checkpoint.save(folder / "checkpoint.pt", run_state(step))
+                checkpoints.save(folder / "checkpoint.pt", run_state(step))
             if step == steps:
                 break
 
@@ -251,7 +291,9 @@ def main(config: Config, world: World) -> None:
                     log.line(f"step:{step}/{steps} pruned experts: {model.routers.pruned.nonzero().flatten().tolist()}")
             logging = (step + 1) % run.log_every == 0 or step == first_step
             # To read whether a number is finite makes a GPU wait, so there it is read only when logging.
-            loss = train_step(step, schedules.gumbel_noise(step, config.schedule), logging or device.type == "cpu")
+            loss, routing = train_step(
+                step, schedules.gumbel_noise(step, config.schedule), logging or device.type == "cpu"
+            )
             if device.type == "cuda":
                 # At most one step is queued behind the one that runs: the clock stays true and the GPU stays busy.
                 in_flight.append(torch.cuda.Event())
@@ -269,22 +311,26 @@ def main(config: Config, world: World) -> None:
                 log.progress(f"{line} {speed:,.0f} tokens/s, {average * (steps - step - 1):.0f} s left")
                 values = {"train_loss": mean_loss, "tokens_per_s": speed, "epoch": stream.epoch(step)}
                 log.metrics("train", {"step": step + 1, "train_time_s": seconds} | values)
+                if model.routers is not None:
+                    active = model.routers.active(states[step])
+                    log.metrics("routing", routing_metrics.record("train", step + 1, routing, active, model.routers))
             if stream.epoch(step + 1) > stream.epoch(step):
                 log.line(f"step:{step + 1}/{steps} the training data starts over: epoch {stream.epoch(step + 1)}")
 
     # ---- the result ----------------------------------------------------------------------------------------------
     clock.stop()
     if world.rank == 0:
-        checkpoint.save(folder / "checkpoint.pt", run_state(steps))
+        checkpoints.save(folder / "checkpoint.pt", run_state(steps))
+        checkpoints.wait()
     if device.type == "cuda":
         log.line(f"peak memory: {torch.cuda.max_memory_allocated() // 2**20} MiB")
     log.line(f"graphs compiled before step 0: {graphs_before}, after it: {compiled_graphs() - graphs_before}")
     if model.routers is not None:
-        share = least_share(validation.pick_counts, model.routers.active(states[steps]))
+        share = least_share(validation.routing.counts, model.routers.active(states[steps]))
         log.line(f"least used expert: {share:.2f} of an even share of the bank's validation tokens")
     log.line(
         f"result: val_loss {validation.loss:.4f} over {validation.tokens} tokens after {steps} steps, "
-        f"{clock.seconds:.1f} s of training, seed {run.seed}, resumed {times_resumed} times, {causal} ({folder})"
+        f"{seconds:.1f} s of training, seed {run.seed}, resumed {times_resumed} times, {causal} ({folder})"
     )
 
 
@@ -307,11 +353,19 @@ def largest_divisor(number: int, limit: int) -> int:
 if __name__ == "__main__":
     try:
         arguments = parse(sys.argv[1:], default_preset="record" if torch.cuda.is_available() else "nano")
-        main(arguments, start())
-        dist.destroy_process_group()
+        world = distributed.start(arguments.run.timeout_seconds)
+        with distributed.naming_silent_peers(world):
+            main(arguments, world)
+        message, exit_code = "", 0
     except (ConfigError, DataError, checkpoint.CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except NonFiniteError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        message, exit_code = f"error: {error}", 2
+    except (NonFiniteError, distributed.PeerError, OSError) as error:
+        message, exit_code = f"error: {error}", 1
+    except Stopped as stopped:
+        message, exit_code = str(stopped), stopped.exit_code
+    except KeyboardInterrupt:
+        message, exit_code = "stopped before step 0: nothing to save", 128 + signal.SIGINT
+    print(message, file=sys.stderr, end="\n" if message else "")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(exit_code)

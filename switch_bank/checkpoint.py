@@ -4,8 +4,9 @@ import hashlib
 import io
 import os
 import pickle
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -18,16 +19,20 @@ class CheckpointError(RuntimeError):
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Writes `state` (tensors, numbers, strings, dicts, lists) to `path`. The old one stays beside it as
-    `<name>.previous`."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    payload = buffer.getbuffer()
+    `<name>.previous`. Raises OSError, and leaves both as they are, where the new one cannot be written."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n")
-        file.write(payload)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "wb") as file:
+            file.write(MAGIC + b"0" * 64 + b"\n")
+            payload = _Hashing(file)
+            torch.save(state, payload)  # type: ignore[arg-type]  # calls write and flush, no more
+            file.seek(len(MAGIC))
+            file.write(payload.sha256.hexdigest().encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # a full disk gets its room back
+        raise
     if path.exists():
         # A second name for the old file first: `path` is there at any moment.
         second_name = path.with_name(path.name + ".keep")
@@ -35,6 +40,39 @@ def save(path: Path, state: dict[str, Any]) -> None:
         os.link(path, second_name)
         os.replace(second_name, path.with_name(path.name + ".previous"))
     os.replace(temporary, path)
+
+
+class _Hashing:
+    """A binary file to write to that keeps the checksum of what was written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.sha256 = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+class Writer:
+    """Saves in the background: the caller waits for the copy to host memory, and for an earlier save, no more."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, path: Path, state: dict[str, Any]) -> None:
+        """Begins to save `state` as it is now; raises what went wrong with the one before."""
+        self.wait()
+        self._pending = self._thread.submit(save, path, copy_to_host(state))
+
+    def wait(self) -> None:
+        """Until nothing is being saved; raises what went wrong."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
 
 def load(path: Path) -> dict[str, Any]:

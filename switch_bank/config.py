@@ -5,9 +5,9 @@ Defaults are the `record` preset; the other presets say only where they differ. 
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import torch
 import tyro
@@ -25,6 +25,9 @@ class Range(NamedTuple):
 
 
 Count = Annotated[int, Range(1, 10**12)]
+Step = Annotated[int, Range(0, 10**12)]
+Length = Annotated[int, Range(1, 10**6)]  # of a run, in steps: the state of each is made before the first
+Seconds = Annotated[float, Range(1e-3, 1e7)]
 Fraction = Annotated[float, Range(0.0, 1.0)]
 Weight = Annotated[float, Range(0.0, 1e6)]
 
@@ -38,7 +41,7 @@ class ModelConfig:
     layers: Annotated[int, Range(1, 512)] = 28  # L
     width: Count = 896  # D
     heads: Count = 7  # H: heads of width / heads channels
-    skip_attention: tuple[int, ...] = (11,)  # layers that have no attention
+    skip_attention: tuple[Annotated[int, Range(0, 511)], ...] = (11,)  # layers that have no attention
     tied_layers: Count = 1  # how many consecutive layers share their attention matrices
     value_embeddings: Annotated[int, Range(0, 64)] = 2  # tables mixed into v in the first and the last layers
     window: Annotated[int, Range(128, 10**7)] = 3456  # tokens: the longest attention window, reached at the end
@@ -106,8 +109,8 @@ class ModelConfig:
 class ScheduleConfig:
     """What changes over the steps. `second` below is the step that activates the second expert (s₀ in DESIGN)."""
 
-    steps: Count = 1750  # N: the length that every step below belongs to
-    activation: tuple[tuple[int, float], ...] = (
+    steps: Length = 1750  # N: the length that every step below belongs to
+    activation: tuple[tuple[Step, Fraction], ...] = (
         (0, 0.125), (75, 0.25), (141, 0.375), (234, 0.5), (338, 0.625), (441, 0.75), (591, 0.875), (695, 1.0),
     )  # fmt: skip  # (step, share of the experts that is active from there on)
     temperature_start: Annotated[float, Range(1e-3, 1e3)] = 1.464
@@ -117,14 +120,14 @@ class ScheduleConfig:
     cap_start: Annotated[float, Range(1e-3, 1e6)] = 1.166  # bound on the router's logits in the gate
     cap_end: Annotated[float, Range(1e-3, 1e6)] = 13.757
     cap_steps: Count = 237
-    gumbel_windows: tuple[tuple[int, int], ...] = (
+    gumbel_windows: tuple[tuple[Step, Step], ...] = (
         (75, 441), (459, 488), (534, 722), (900, 909), (1004, 1022), (1097, 1107), (1200, 1209), (1284, 1313),
         (1472, 1500),
     )  # fmt: skip  # steps [from, to) whose router choices carry Gumbel noise
     cooldown: Fraction = 0.65  # last share of the run over which learning rates fall to zero
     momentum_steps: Count = 300  # Muon's momentum rises over the first steps
-    freeze_adapters_at: int | None = None  # step from which adapters stay as they are
-    prune_at: int | None = None  # step at which experts below `prune_below` are switched off
+    freeze_adapters_at: Step | None = None  # step from which adapters stay as they are
+    prune_at: Step | None = None  # step at which experts below `prune_below` are switched off
     prune_below: Fraction = 0.0  # share of an active expert's fair load over the bank
 
 
@@ -132,14 +135,14 @@ class ScheduleConfig:
 class OptimConfig:
     muon: Literal["turbo", "plain"] = "turbo"
     muon_lr: Weight = 0.025  # attention and expert matrices
-    muon_momentum: tuple[float, float] = (0.85, 0.95)  # from, to
+    muon_momentum: tuple[Fraction, Fraction] = (0.85, 0.95)  # from, to
     muon_dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the orthogonalization
     embedding_lr: Weight = 0.3  # token and value embeddings
     head_lr: Weight = 1 / 320
     router_lr: Weight = 0.095
     adapter_lr: Weight = 0.03
     scalar_lr: Weight = 0.015
-    adam_betas: tuple[float, float] = (0.8, 0.95)
+    adam_betas: tuple[Fraction, Fraction] = (0.8, 0.95)
     router_clip_quantile: Fraction = 0.1  # router gradients are clipped to this quantile ...
     router_clip_history: Count = 250  # ... of their norms over this many steps
 
@@ -157,14 +160,15 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    steps: int | None = None  # length of the run; left out: schedule.steps
-    seconds: float | None = None  # length of the run on the training clock; fixes the steps once, before step 0
-    val_at_seconds: tuple[float, ...] = tuple(range(60, 841, 60))
-    val_at_steps: tuple[int, ...] = ()
+    steps: Length | None = None  # length of the run; left out: schedule.steps
+    seconds: Seconds | None = None  # length of the run on the training clock; fixes the steps once, before step 0
+    val_at_seconds: tuple[Seconds, ...] = tuple(range(60, 841, 60))
+    val_at_steps: tuple[Step, ...] = ()
     out: str = ""  # the folder of the run; left out: a new one under runs/
     seed: Annotated[int, Range(0, 2**31 - 1)] = 0
     resume: bool = False
     checkpoint_every: Annotated[int, Range(0, 10**9)] = 0  # steps; 0: only at the end
+    timeout_seconds: Annotated[float, Range(1, 10**6)] = 600  # how long a process waits for another one's answer
     profile: bool = False  # write a trace of a few steps into the run's folder
     compile: bool = True
     tokens_per_forward: Count = 98_304  # slices go through the model together up to this many tokens
@@ -210,7 +214,9 @@ class Config:
     def check(self, world_size: int = 1) -> "Config":
         """The configuration itself, if it can run on `world_size` processes; otherwise raises ConfigError."""
         for group in ("model", "schedule", "optim", "data", "run"):
-            _check_bounds(group, getattr(self, group))
+            options = getattr(self, group)
+            for name, hint in get_type_hints(type(options), include_extras=True).items():
+                _typed(getattr(options, name), hint, f"{group}.{name}")
         model, schedule, data, run = self.model, self.schedule, self.data, self.run
         _require(
             model.width % model.heads == 0, "model.width", model.width, f"a multiple of model.heads ({model.heads})"
@@ -223,7 +229,7 @@ class Config:
             "model.value_embeddings", model.value_embeddings, f"at most half of model.layers ({model.layers})",
         )  # fmt: skip
         _require(
-            all(0 <= layer < model.layers for layer in model.skip_attention),
+            all(layer < model.layers for layer in model.skip_attention),
             "model.skip_attention", model.skip_attention, f"layers in 0..{model.layers - 1}",
         )  # fmt: skip
         _require(
@@ -245,22 +251,15 @@ class Config:
             "schedule.activation", schedule.activation, "rising steps with shares that rise from above 0 to 1",
         )  # fmt: skip
         _require(
-            all(0 <= start <= end for start, end in schedule.gumbel_windows),
+            all(start <= end for start, end in schedule.gumbel_windows),
             "schedule.gumbel_windows", schedule.gumbel_windows, "pairs with from <= to",
         )  # fmt: skip
-        _require(run.steps is None or run.steps >= 1, "run.steps", run.steps, "at least 1")
-        _require(run.seconds is None or 0 < run.seconds < math.inf, "run.seconds", run.seconds, "above 0 and finite")
         _require(
             run.steps is None or run.seconds is None, "run.seconds", run.seconds, "left out when run.steps is given"
         )
-        _require(all(at > 0 for at in run.val_at_seconds), "run.val_at_seconds", run.val_at_seconds, "each above 0")
-        _require(all(at >= 0 for at in run.val_at_steps), "run.val_at_steps", run.val_at_steps, "each at least 0")
-        for option in ("freeze_adapters_at", "prune_at"):
-            step = getattr(schedule, option)
-            _require(step is None or step >= 0, f"schedule.{option}", step, "at least 0")
         for option in ("muon_momentum", "adam_betas"):
             pair = getattr(self.optim, option)
-            _require(all(0 <= share < 1 for share in pair), f"optim.{option}", pair, "two numbers from 0 to below 1")
+            _require(max(pair) < 1, f"optim.{option}", pair, "two numbers from 0 to below 1")
         return self
 
 
@@ -281,19 +280,49 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def _require(holds: bool, option: str, value: Any, must_be: str) -> None:
     if not holds:
-        raise ConfigError(f"{option} is {value}: it must be {must_be}")
+        text = str(value)
+        raise ConfigError(f"{option} is {text if len(text) <= 200 else f'{text[:200]}...'}: it must be {must_be}")
 
 
-def _check_bounds(group: str, config: Any) -> None:
-    for name, hint in get_type_hints(type(config), include_extras=True).items():
-        value = getattr(config, name)
-        if get_origin(hint) is Literal:
-            _require(value in get_args(hint), f"{group}.{name}", value, f"one of {', '.join(map(str, get_args(hint)))}")
-        for bound in getattr(hint, "__metadata__", ()):
+def _shown(value: Any) -> str:
+    """One line for a value that may be anything: lists can be too deep to print, and integers too long."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"an integer of {value.bit_length()} bits"
+    return repr(value) if isinstance(value, (str, int, float, NoneType)) else f"a {type(value).__name__}"
+
+
+def _typed(value: Any, hint: Any, option: str) -> Any:
+    """`value` as the type `hint`, within its bounds; dicts become dataclasses and lists tuples. Else ConfigError."""
+    kind, parts = get_origin(hint), get_args(hint)
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        _require(isinstance(value, dict), option, _shown(value), "a dict of options")
+        hints = get_type_hints(hint, include_extras=True)
+        for name in value:
+            if name not in hints:
+                raise ConfigError(f"{option} has the unknown option {_shown(name)}: another version saved it")
+        group = "" if hint is Config else f"{option}."
+        return hint(**{name: _typed(item, hints[name], group + name) for name, item in value.items()})
+    if kind is Annotated:
+        value = _typed(value, parts[0], option)
+        for bound in parts[1:]:
             if isinstance(bound, Range):
-                _require(
-                    bound.low <= value <= bound.high, f"{group}.{name}", value, f"in {bound.low:g}..{bound.high:g}"
-                )
+                _require(bound.low <= value <= bound.high, option, _shown(value), f"in {bound.low:g}..{bound.high:g}")
+    elif kind in (Union, UnionType):  # X | None
+        value = None if value is None else _typed(value, parts[0], option)
+    elif kind is tuple:
+        _require(isinstance(value, (list, tuple)), option, _shown(value), "a list")
+        inner = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
+        _require(len(value) == len(inner), option, _shown(value), f"a list of {len(inner)}")
+        value = tuple(_typed(item, part, option) for item, part in zip(value, inner, strict=True))
+    elif kind is Literal:
+        fits = any(type(value) is type(choice) and value == choice for choice in parts)
+        _require(fits, option, _shown(value), f"one of {', '.join(map(str, parts))}")
+    else:
+        fits = type(value) is hint or hint is float and type(value) is int
+        _require(
+            fits, option, _shown(value), {int: "a whole number", float: "a number", bool: "on or off"}.get(hint, "text")
+        )
+    return value
 
 
 def parse(arguments: list[str], default_preset: str) -> Config:
@@ -302,7 +331,7 @@ def parse(arguments: list[str], default_preset: str) -> Config:
     if arguments and not arguments[0].startswith("-"):
         preset, arguments = arguments[0], arguments[1:]
     if preset not in presets:
-        raise ConfigError(f"there is no preset {preset!r}: choose one of {', '.join(presets)}")
+        raise ConfigError(f"there is no preset {preset[:50]!r}: choose one of {', '.join(presets)}")
     config = tyro.cli(Config, default=presets[preset], args=arguments, prog=f"train_switch_bank.py {preset}")
     # A length given by hand replaces the preset's own way of giving it.
     given, own = config.run, presets[preset].run
@@ -325,29 +354,13 @@ def resumed(given: Config, saved: Config) -> Config:
     return dataclasses.replace(saved, run=dataclasses.replace(given.run, steps=saved.run.steps, seconds=None))
 
 
-def from_dict(values: dict[str, Any]) -> Config:
-    """A Config from what `dataclasses.asdict` and JSON made of one; raises ConfigError at a name it does not know."""
+def from_dict(values: Any) -> Config:
+    """A checked Config from what `dataclasses.asdict` and JSON made of one; options that it lacks keep their defaults.
 
-    def build(cls: type, given: dict[str, Any], path: str) -> Any:
-        hints = get_type_hints(cls)
-        if unknown := set(given) - set(hints):
-            raise ConfigError(f"unknown option {path}{sorted(unknown)[0]} in the saved configuration")
-        return cls(**{name: tuples(value) for name, value in given.items()})
-
-    def tuples(value: Any) -> Any:
-        return tuple(tuples(item) for item in value) if isinstance(value, list) else value
-
-    groups = {
-        "model": ModelConfig,
-        "schedule": ScheduleConfig,
-        "optim": OptimConfig,
-        "data": DataConfig,
-        "run": RunConfig,
-    }
-    if unknown := set(values) - set(groups) - {"preset"}:
-        raise ConfigError(f"unknown group {sorted(unknown)[0]} in the saved configuration")
-    parts = {name: build(cls, values.get(name, {}), f"{name}.") for name, cls in groups.items()}
-    return Config(preset=values.get("preset", "record"), **parts)
+    `values` may be anything. Raises ConfigError for an unknown name, a value of another type or one that cannot work.
+    """
+    config: Config = _typed(values, Config, "the saved configuration")
+    return config.check()
 
 
 _nano = Config(

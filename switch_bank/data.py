@@ -7,10 +7,13 @@ and picks up after a kill by asking for its next step.
 import glob
 import hashlib
 import os
+import unicodedata
 from bisect import bisect_right
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from itertools import accumulate
 from pathlib import Path
 
@@ -23,7 +26,7 @@ HEADER = np.dtype(("<i4", 256))
 TOKEN = np.dtype("<u2")
 SLICE_MULTIPLE = 128  # attention blocks, router position bins and EMA blocks are all cut at 128 tokens
 IGNORED_TARGET = -100  # torch.nn.functional.cross_entropy leaves these targets out
-SCAN_BYTES = 4 << 20
+SCAN_TOKENS = 2 << 20  # 4 MiB
 
 
 class DataError(ValueError):
@@ -51,14 +54,41 @@ def write_shard(path: str | Path, tokens: np.ndarray) -> None:
     os.replace(part, path)
 
 
+@contextmanager
+def _opened(path: str | Path) -> Iterator[BufferedReader]:
+    """The file at `path`, to be read; an error of the system while it is open becomes a DataError."""
+    try:
+        if not os.path.isfile(path):  # a pipe would be waited for
+            raise DataError(f"{path} is no file; leave it out of the pattern, or fetch or make the file again")
+        with open(path, "rb") as file:
+            yield file
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read: {error.strerror}; mend that, or leave it out of the pattern"
+        ) from error
+
+
+def _read_tokens(file: BufferedReader, out: np.ndarray) -> None:
+    """Fills `out` (uint16) with the file's next tokens."""
+    if file.readinto(out.data) < out.nbytes:
+        raise DataError(f"{file.name} was cut short while it was read; fetch or make the file again")
+
+
+def _state(file: BufferedReader) -> tuple[int, int]:
+    """Size in bytes and time of the last change in nanoseconds: a change of the file shows here."""
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns
+
+
 def read_header(path: str | Path) -> int:
     """Number of tokens in the shard at `path`, after checking that it is one and that it is all there.
 
-    Raises DataError for a wrong magic number or version, and for a file length that disagrees with the header.
+    Raises DataError for a file that cannot be read, a wrong magic number or version, and for a file length that
+    disagrees with the header.
     """
-    with open(path, "rb") as file:
+    with _opened(path) as file:
         raw = file.read(HEADER.itemsize)
-        size = os.fstat(file.fileno()).st_size
+        size, _ = _state(file)
     if len(raw) < HEADER.itemsize:
         raise DataError(f"{path}: {size} bytes is shorter than a shard's header; fetch or make the file again")
     magic, version, count = (int(number) for number in np.frombuffer(raw, dtype="<i4", count=3))
@@ -75,34 +105,38 @@ def read_header(path: str | Path) -> int:
     return count
 
 
-def _scan(path: str, vocab_size: int) -> str:
-    """sha256 of the whole file in hex; raises DataError at the first token that the vocabulary does not have."""
+def _scan(path: str, count: int, vocab_size: int) -> tuple[str, tuple[int, int]]:
+    """sha256 of the whole file of `count` tokens in hex, and its `_state` before it was read; raises DataError at the
+    first token that the vocabulary does not have."""
     digest = hashlib.sha256()
-    buffer = memoryview(bytearray(SCAN_BYTES))
-    position = 0
-    with open(path, "rb") as file:
+    buffer = np.empty(min(count, SCAN_TOKENS), dtype=TOKEN)
+    with _opened(path) as file:
+        state = _state(file)
         digest.update(file.read(HEADER.itemsize))
-        while size := file.readinto(buffer):
-            digest.update(buffer[:size])
-            tokens = np.frombuffer(buffer[:size], dtype=TOKEN)
+        for position in range(0, count, SCAN_TOKENS):
+            tokens = buffer[: count - position]
+            _read_tokens(file, tokens)
+            digest.update(tokens.data)
             if tokens.max() >= vocab_size:
                 offset = int(np.argmax(tokens >= vocab_size))
                 raise DataError(
                     f"{path}: token {tokens[offset]} at position {position + offset} is outside the vocabulary of "
                     f"{vocab_size} tokens; train with the vocabulary that made the file, or make the file again"
                 )
-            position += len(tokens)
-    return digest.hexdigest()
+    return digest.hexdigest(), state
 
 
 @dataclass(frozen=True)
 class Shards:
-    """The files of one split, in name order, read as one row of tokens."""
+    """The files of one split, in name order, read as one row of tokens.
+
+    They are read by file, not mapped into memory: a mapped file that is cut short kills the process that reads it.
+    """
 
     paths: list[str]
     lengths: list[int]  # tokens in each file
     sha256: list[str]  # of each whole file, header included, in hex
-    tokens: list[np.ndarray]  # memory maps, uint16
+    states: list[tuple[int, int]]  # of each file when it was checked: bytes, and nanoseconds of the last change
     starts: list[int]  # stream position of each file's first token
     total: int  # tokens in all files
 
@@ -110,24 +144,24 @@ class Shards:
     def open(cls, pattern: str, vocab_size: int) -> "Shards":
         """Check and open the files that match the glob `pattern`. Every file is read whole once, several at a time.
 
-        Raises DataError when nothing matches, when a file is no shard or is cut short, and when a token is
-        `vocab_size` or more.
+        Raises DataError when nothing matches, when a file is no shard, cannot be read or is cut short, when a token is
+        `vocab_size` or more, and for names that no line of the log can hold.
         """
+        _check_name(pattern)
         paths = sorted(glob.glob(pattern, recursive=True))
         if not paths:
             raise DataError(
                 f"no file matches {pattern}; make shards with data/local_text.py, "
                 "or fetch FineWeb with data/cached_fineweb10B.py"
             )
+        for path in paths:
+            _check_name(path)
         lengths = [read_header(path) for path in paths]
         with ThreadPoolExecutor(min(len(paths), os.cpu_count() or 1)) as pool:
-            sha256 = list(pool.map(_scan, paths, [vocab_size] * len(paths)))
-        tokens: list[np.ndarray] = [
-            np.memmap(path, dtype=TOKEN, mode="r", offset=HEADER.itemsize, shape=(length,))
-            for path, length in zip(paths, lengths, strict=True)
-        ]
+            scans = list(pool.map(_scan, paths, lengths, [vocab_size] * len(paths)))
+        sha256, states = (list(parts) for parts in zip(*scans, strict=True))
         starts = [0, *accumulate(lengths)]
-        return cls(paths, lengths, sha256, tokens, starts[:-1], starts[-1])
+        return cls(paths, lengths, sha256, states, starts[:-1], starts[-1])
 
     def summary(self) -> list[tuple[str, int, str]]:
         """Path, tokens and sha256 of each file."""
@@ -135,18 +169,34 @@ class Shards:
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens `start .. start + count - 1` of the endless stream (uint16 [count]): after the last file comes the
-        first again, and `start` may lie any number of rounds ahead."""
+        first again, and `start` may lie any number of rounds ahead.
+
+        Raises DataError when a file can no longer be read, or has changed since it was checked.
+        """
         start %= self.total
-        file = bisect_right(self.starts, start) - 1
-        offset = start - self.starts[file]
+        index = bisect_right(self.starts, start) - 1
+        offset = start - self.starts[index]
         out = np.empty(count, dtype=TOKEN)
         filled = 0
         while filled < count:
-            piece = self.tokens[file][offset : offset + count - filled]
-            out[filled : filled + len(piece)] = piece
-            filled += len(piece)
-            file, offset = (file + 1) % len(self.tokens), 0
+            part = out[filled : filled + self.lengths[index] - offset]
+            with _opened(self.paths[index]) as file:
+                if _state(file) != self.states[index]:
+                    raise DataError(
+                        f"{self.paths[index]} has changed since the run read it first: put the old file back and go on "
+                        "with --run.resume, or start a new run"
+                    )
+                file.seek(HEADER.itemsize + offset * TOKEN.itemsize)
+                _read_tokens(file, part)
+            filled += len(part)
+            index, offset = (index + 1) % len(self.paths), 0
         return out
+
+
+def _check_name(path: str) -> None:
+    """Raises DataError for control characters, line ends among them, and for bytes that are no text in UTF-8."""
+    if {unicodedata.category(character) for character in path} & {"Cc", "Cs", "Zl", "Zp"}:
+        raise DataError(f"{path!r} has characters that a line of text cannot hold; rename the file or its folder")
 
 
 def _check_slice(slice_tokens: int) -> None:
@@ -200,13 +250,14 @@ class TokenStream:
 
     def _read(self, step: int) -> torch.Tensor:
         """int64 [2, slices of this process, slice_tokens]: inputs and targets, in host memory."""
-        mine = range(self.rank, self.slices_per_step, self.world_size)
-        pair = torch.empty(2, len(mine), self.slice_tokens, dtype=torch.int64, pin_memory=self._pinned)
-        for row, index in enumerate(mine):
-            start = step * self.step_tokens + index * self.slice_tokens
-            tokens = torch.from_numpy(self.shards.read(start, self.slice_tokens + 1).astype(np.int64))
-            pair[0, row] = tokens[:-1]
-            pair[1, row] = tokens[1:]
+        # One read of the whole step: opening the file costs more than the slices of the other processes.
+        read = self.shards.read(step * self.step_tokens, self.step_tokens + 1).astype(np.int64)
+        shape = (self.slices_per_step, self.slice_tokens)
+        mine = slice(self.rank, None, self.world_size)
+        own = self.slices_per_step // self.world_size
+        pair = torch.empty(2, own, self.slice_tokens, dtype=torch.int64, pin_memory=self._pinned)
+        for half, tokens in zip(pair, (read[:-1], read[1:]), strict=True):
+            half.copy_(torch.from_numpy(tokens.reshape(shape)[mine]))
         return pair
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:

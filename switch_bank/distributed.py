@@ -1,15 +1,16 @@
 """Processes: one per GPU (nccl) or CPU process (gloo) under torchrun, and the same code for a single one."""
 
 import os
-from collections.abc import Iterable
+import time
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-TIMEOUT = timedelta(minutes=10)  # longer than any compilation that one process waits for another to finish
 
 
 class World(NamedTuple):
@@ -18,19 +19,50 @@ class World(NamedTuple):
     device: torch.device
 
 
-def start() -> World:
-    """Joins the process group that torchrun's environment describes, or forms one of a single process."""
+class PeerError(RuntimeError):
+    """Another process did not answer; the message names its rank."""
+
+
+def start(timeout_seconds: float = 600) -> World:
+    """Joins the process group that torchrun's environment describes, or forms one of a single process.
+
+    A collective that waits longer than `timeout_seconds` for a peer raises RuntimeError.
+    """
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     # CPU tensors go over gloo on GPU machines too: decisions that must not wait for the GPU.
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    timeout = timedelta(seconds=timeout_seconds)
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        dist.init_process_group(backend, timeout=timeout)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+@contextmanager
+def naming_silent_peers(world: World, patience_seconds: float = 5) -> Iterator[None]:
+    """Turns the failure of a collective within the block into a PeerError that names the processes that are stuck or
+    gone: those that do not also report a failure within `patience_seconds`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any("distributed_c10d" in frame.filename for frame in traceback.extract_tb(error.__traceback__)):
+            raise
+        store = dist.distributed_c10d._get_default_store()  # outlives the group's broken connections
+        store.set(f"gave up/{world.rank}", "")
+        silent = set(range(world.size)) - {world.rank}
+        deadline = time.monotonic() + patience_seconds
+        while silent and time.monotonic() < deadline:
+            silent -= {rank for rank in silent if store.check([f"gave up/{rank}"])}
+            time.sleep(0.05)
+        if not silent:
+            raise
+        ranks = ", ".join(map(str, sorted(silent)))
+        reason = str(error).splitlines()[0]
+        raise PeerError(f"no answer from rank {ranks}: hung, killed, or ended by its own error ({reason})") from error
 
 
 def flat_gradients(parameters: Iterable[nn.Parameter]) -> Tensor:
@@ -48,6 +80,14 @@ def from_first(value: float, world: World) -> float:
     box = torch.tensor(value, dtype=torch.float64)
     dist.broadcast(box, src=0)
     return box.item()
+
+
+def agreed(seconds: float, signal: int, world: World) -> tuple[float, int]:
+    """The first process's clock reading, and the highest signal number that any process has got (0: none), on every
+    process; waits for no GPU."""
+    box = torch.tensor([seconds if world.rank == 0 else 0.0, signal], dtype=torch.float64)
+    dist.all_reduce(box, op=dist.ReduceOp.MAX)
+    return float(box[0]), int(box[1])
 
 
 def text_from_first(text: str) -> str:

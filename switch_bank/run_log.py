@@ -1,6 +1,7 @@
 """What a run leaves behind while it runs: log.txt, which begins with its own source, metrics.jsonl and config.json."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import platform
@@ -9,7 +10,7 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -18,18 +19,19 @@ from switch_bank.config import Config, ConfigError, RunConfig
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def choose_folder(run: RunConfig, name: str) -> Path:
+def choose_folder(run: RunConfig, name: str, restarted: bool = False) -> Path:
     """The folder of --run.out; by default a new one under runs/, or, to resume, the newest one of that name.
 
+    A run that torchrun has `restarted` goes on in its own folder, the newest one of its name.
     Raises ConfigError where a new run would write over another one, or there is none to resume.
     """
     folder = Path(run.out) if run.out else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if run.resume and not run.out:
-        earlier = sorted(Path("runs").glob(f"{name}-2*/checkpoint.pt"))
-        if not earlier:
+    if (run.resume or restarted) and not run.out:
+        earlier = sorted(Path("runs").glob(f"{name}-2*/{'checkpoint.pt' if run.resume else 'log.txt'}"))
+        if run.resume and not earlier:
             raise ConfigError(f"there is no run of {name} under runs/ to resume: name its folder with --run.out")
-        folder = earlier[-1].parent
-    if not run.resume and (folder / "log.txt").exists():
+        folder = earlier[-1].parent if earlier else folder
+    if not run.resume and not restarted and (folder / "log.txt").exists():
         raise ConfigError(f"{folder} holds a run already: give --run.resume or another --run.out")
     return folder
 
@@ -37,12 +39,11 @@ def choose_folder(run: RunConfig, name: str) -> Path:
 class RunLog:
     """Writes on the first process and is silent on all others. Every line is in the file before the call returns."""
 
-    def __init__(self, folder: Path, is_first: bool, append: bool = False) -> None:
+    def __init__(self, folder: Path, is_first: bool, mode: Literal["x", "a", "w"] = "x") -> None:
         self.folder, self.is_first = folder, is_first
         self.terminal = is_first and sys.stdout.isatty()
         if is_first:
             folder.mkdir(parents=True, exist_ok=True)
-            mode = "a" if append else "x"
             self.text = open(folder / "log.txt", mode, encoding="utf-8")  # noqa: SIM115
             self.records = open(folder / "metrics.jsonl", mode, encoding="utf-8")  # noqa: SIM115
 
@@ -90,10 +91,21 @@ def write_config(folder: Path, config: Config) -> None:
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n", encoding="utf-8")
 
 
+def source_files() -> dict[str, str]:
+    """The text of the trainer and of every module of the package, by its path from the repository's root."""
+    files = [ROOT / "train_switch_bank.py", *sorted((ROOT / "switch_bank").rglob("*.py"))]
+    return {file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8") for file in files}
+
+
 def source() -> str:
     """The trainer and every module of the package, each under a line with its name."""
-    files = [ROOT / "train_switch_bank.py", *sorted((ROOT / "switch_bank").rglob("*.py"))]
-    return "\n".join(f"===== {file.relative_to(ROOT).as_posix()}\n{file.read_text(encoding='utf-8')}" for file in files)
+    return "\n".join(f"===== {name}\n{text}" for name, text in source_files().items())
+
+
+def source_checksums() -> str:
+    """A line for each file of `source`, with the sha256 of its text in UTF-8."""
+    sums = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in source_files().items()}
+    return "\n".join(f"source {name} sha256 {sha256}" for name, sha256 in sums.items())
 
 
 def environment(device: torch.device, processes: int) -> str:
@@ -102,7 +114,7 @@ def environment(device: torch.device, processes: int) -> str:
     lines = [f"python {platform.python_version()} on {platform.system()} {platform.release()}"]
     lines += [f"{name} {version}" for name in packages if (version := _version(name))]
     lines.append(f"cuda {torch.version.cuda}" if device.type == "cuda" else f"threads {torch.get_num_threads()}")
-    lines.append(f"processes {processes} on {os.cpu_count()} CPU cores ({_cpu_name()})")
+    lines.append(f"processes {processes} on {os.cpu_count()} CPU cores ({cpu_name()})")
     if device.type == "cuda":
         lines += [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         lines.append(_output(["nvidia-smi"]))
@@ -119,7 +131,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's name, as the system gives it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():

@@ -8,13 +8,14 @@ from torch import Tensor
 
 from switch_bank.distributed import summed
 from switch_bank.model.gpt import IGNORE, Output
+from switch_bank.model.router import RoutingSums
 from switch_bank.schedules import StepState
 
 
 class Validation(NamedTuple):
     loss: float  # nats per token
     tokens: int
-    pick_counts: Tensor  # [L, E] float64 on the CPU
+    routing: RoutingSums  # float64 on the CPU
 
 
 @torch.no_grad()
@@ -26,11 +27,13 @@ def validate(
     sums: list[Tensor] = []
     for inputs, targets in batches:
         output = forward(inputs, targets, state, window=window)
-        batch = [output.token_losses.double().sum(), (targets != IGNORE).sum(), output.pick_counts.double()]
+        batch = [output.token_losses.double().sum(), (targets != IGNORE).sum(), output.routing.flat().double()]
         sums = [old + new for old, new in zip(sums, batch, strict=True)] if sums else batch
-    loss_sum, token_count, pick_counts = sums
+    loss_sum, token_count, routing = sums
     tokens = int(summed(token_count))
-    return Validation(float(summed(loss_sum)) / tokens, tokens, summed(pick_counts).cpu())
+    layers, experts = output.routing.counts.shape
+    of_all = RoutingSums.from_flat(summed(routing).cpu(), layers, experts)
+    return Validation(float(summed(loss_sum)) / tokens, tokens, of_all)
 
 
 def least_share(pick_counts: Tensor, active: Tensor) -> float:

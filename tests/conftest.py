@@ -3,7 +3,9 @@
 CI draws the same examples in every run.
 """
 
+import email
 import os
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,8 +19,10 @@ import torch.multiprocessing as mp
 from hypothesis import settings
 
 from switch_bank.config import Config, presets
+from switch_bank.data import write_shard
 from switch_bank.distributed import World, start
 from switch_bank.model.gpt import SwitchBankGPT
+from tests.runs import EOD, byte_documents, tiny, train
 
 settings.register_profile("default", deadline=None, max_examples=50)
 settings.register_profile("ci", deadline=None, max_examples=50, derandomize=True)
@@ -73,6 +77,7 @@ def _process(rank: int, processes: int, folder: str, work: Callable[..., Any], a
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=processes)
     torch.save(work(World(rank, processes, torch.device("cpu")), *arguments), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+    os._exit(0)  # one in some hundred such processes was seen to abort in a thread of torch's while Python winds down
 
 
 @pytest.fixture(scope="session")
@@ -87,3 +92,24 @@ def on_processes(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(processes)]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The email package's sources, a byte a token: two training files and one to validate on."""
+    folder = tmp_path_factory.mktemp("shards with spaces äöü")
+    files = sorted(Path(email.__file__).parent.glob("*.py"))
+    write_shard(folder / "train_000000.bin", byte_documents(files[1::3], EOD))
+    write_shard(folder / "train_000001.bin", byte_documents(files[2::3], EOD))
+    write_shard(folder / "val_000000.bin", byte_documents(files[0::3], EOD))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A finished run of 50 steps on one process; the checkpoint before its last one is of step 40."""
+    out = tmp_path_factory.mktemp("runs") / "one"
+    options = ["--run.steps", "50", "--run.val-at-steps", "10", "25", "--run.checkpoint-every", "20", "--run.profile"]
+    result = train([*tiny(shards), *options], out)
+    assert result.returncode == 0, result.stderr
+    return out, result

@@ -1,7 +1,11 @@
 """Shards are checked before they are trusted, and every process count reads the same stream."""
 
 import hashlib
+import itertools
+import os
 import re
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +28,21 @@ VOCABULARY = 50_257
 EOD = 7
 
 
-def in_memory(lengths: list[int]) -> Shards:
-    """Shards without files whose tokens are their own stream positions."""
-    starts = [0, *np.cumsum(lengths).tolist()]
-    tokens = [np.arange(a, b, dtype=np.uint16) for a, b in zip(starts, starts[1:], strict=False)]
-    paths = [f"{n}.bin" for n in range(len(lengths))]
-    return Shards(paths, lengths, [""] * len(lengths), tokens, starts[:-1], starts[-1])
+Counting = Callable[[list[int]], Shards]
+
+
+@pytest.fixture(scope="module")
+def counting(tmp_path_factory: pytest.TempPathFactory) -> Counting:
+    """counting(lengths): shards of these lengths whose tokens are their own stream positions."""
+    parent = tmp_path_factory.mktemp("counting")
+
+    def shards(lengths: list[int]) -> Shards:
+        folder = Path(tempfile.mkdtemp(dir=parent))
+        for number, (start, end) in enumerate(itertools.pairwise([0, *np.cumsum(lengths).tolist()])):
+            write_shard(folder / f"{number}.bin", np.arange(start, end))
+        return Shards.open(f"{folder}/*.bin", 65_536)
+
+    return shards
 
 
 def some_tokens(count: int, seed: int = 0) -> np.ndarray:
@@ -80,8 +93,10 @@ def test_files_are_read_in_name_order_with_their_checksums(tmp_path: Path) -> No
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5), start=st.integers(0, 500), count=st.integers(0, 300)
 )
-def test_reading_crosses_files_and_starts_over_at_the_end(lengths: list[int], start: int, count: int) -> None:
-    shards = in_memory(lengths)
+def test_reading_crosses_files_and_starts_over_at_the_end(
+    counting: Counting, lengths: list[int], start: int, count: int
+) -> None:
+    shards = counting(lengths)
     assert shards.read(start, count).tolist() == [position % sum(lengths) for position in range(start, start + count)]
 
 
@@ -130,10 +145,10 @@ def test_a_token_outside_the_vocabulary_is_found_wherever_it_is(tmp_path: Path, 
 @settings(deadline=None, max_examples=50)
 @given(data=st.data(), processes=st.integers(1, 6), rounds=st.integers(1, 3), blocks=st.integers(1, 3))
 def test_a_step_reads_the_same_tokens_on_any_number_of_processes(
-    data: st.DataObject, processes: int, rounds: int, blocks: int
+    counting: Counting, data: st.DataObject, processes: int, rounds: int, blocks: int
 ) -> None:
     slices, slice_tokens = processes * rounds, 128 * blocks
-    shards = in_memory(data.draw(st.lists(st.integers(1, 3000), min_size=1, max_size=4)))
+    shards = counting(data.draw(st.lists(st.integers(1, 3000), min_size=1, max_size=4)))
     step = data.draw(st.integers(0, 20))
     streams = [TokenStream(shards, slice_tokens, slices, rank, processes, "cpu") for rank in range(processes)]
     inputs = torch.empty(slices, slice_tokens, dtype=torch.int64)
@@ -147,8 +162,8 @@ def test_a_step_reads_the_same_tokens_on_any_number_of_processes(
     assert streams[0].epoch(step) == start // shards.total
 
 
-def test_a_batch_depends_on_the_step_alone_whatever_was_read_before() -> None:
-    shards = in_memory([700, 1, 2500])
+def test_a_batch_depends_on_the_step_alone_whatever_was_read_before(counting: Counting) -> None:
+    shards = counting([700, 1, 2500])
     fresh = {step: TokenStream(shards, 128, 4, 1, 2, "cpu").batch(step) for step in range(20)}
     stream = TokenStream(shards, 128, 4, 1, 2, "cpu")
     for step in [0, 1, 2, 2, 9, 10, 0, 19, 1, 0, 1, 2, 3]:
@@ -159,8 +174,8 @@ def test_a_batch_depends_on_the_step_alone_whatever_was_read_before() -> None:
         assert torch.equal(targets, fresh[step][1])
 
 
-def test_a_batch_stays_what_it_was_while_the_next_ones_are_read() -> None:
-    stream = TokenStream(in_memory([5000]), 128, 2, 0, 1, "cpu")
+def test_a_batch_stays_what_it_was_while_the_next_ones_are_read(counting: Counting) -> None:
+    stream = TokenStream(counting([5000]), 128, 2, 0, 1, "cpu")
     first = stream.batch(0)[0]
     copy = first.clone()
     for step in range(1, 5):
@@ -169,46 +184,146 @@ def test_a_batch_stays_what_it_was_while_the_next_ones_are_read() -> None:
 
 
 @pytest.mark.parametrize(("total", "steps"), [(256, 0), (257, 1), (512, 1), (513, 2)])
-def test_an_epoch_holds_the_steps_whose_last_target_is_still_in_it(total: int, steps: int) -> None:
-    stream = TokenStream(in_memory([total]), 128, 2, 0, 1, "cpu")
+def test_an_epoch_holds_the_steps_whose_last_target_is_still_in_it(counting: Counting, total: int, steps: int) -> None:
+    stream = TokenStream(counting([total]), 128, 2, 0, 1, "cpu")
     assert stream.steps_in_one_epoch == steps
     read = torch.cat([stream.batch(step)[1].flatten() for step in range(steps + 1)])
     assert int((read == 0).nonzero()[0]) == total - 1  # the stream's first token is a target again
     assert steps * 256 <= total - 1 < (steps + 1) * 256
 
 
-class BrokenDisk(Shards):
-    """Shards of which the second step cannot be read."""
-
-    def read(self, start: int, count: int) -> np.ndarray:
-        if 256 <= start < 512:
-            raise OSError("the disk is gone")
-        return super().read(start, count)
-
-
-def test_an_error_while_reading_ahead_is_raised_for_the_step_it_belongs_to() -> None:
-    good = in_memory([5000])
-    shards = BrokenDisk(good.paths, good.lengths, good.sha256, good.tokens, good.starts, good.total)
+def test_an_error_while_reading_ahead_is_raised_for_the_step_it_belongs_to(counting: Counting) -> None:
+    shards = counting([257, 255, 5000])
     stream = TokenStream(shards, 128, 2, 0, 1, "cpu")
+    Path(shards.paths[1]).unlink()  # the second step's
     stream.batch(0)
     for _ in range(2):
-        with pytest.raises(OSError, match="the disk is gone"):
+        with pytest.raises(DataError, match="1.bin is no file"):
             stream.batch(1)
     assert stream.batch(2)[0][0, 0] == 512
 
 
+def cut_short(path: Path) -> None:
+    os.truncate(path, 2000)
+
+
+def cut_to_nothing(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def grow(path: Path) -> None:
+    os.truncate(path, path.stat().st_size + 2)
+
+
+def change_a_token(path: Path) -> None:
+    change(path, 1024, 9, "<u2")
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))  # clocks of file systems tick slowly
+
+
+def replace_by_another_shard(path: Path) -> None:
+    write_shard(path, some_tokens(999))
+
+
+def replace_by_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def replace_by_a_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def replace_by_a_file_that_gives_errors(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/proc/self/mem")
+
+
+DAMAGES: dict[Callable[[Path], None], str] = {
+    Path.unlink: "is no file",
+    cut_short: "has changed since the run read it first: put the old file back and go on with --run.resume",
+    cut_to_nothing: "has changed since",
+    grow: "has changed since",
+    change_a_token: "has changed since",
+    replace_by_another_shard: "has changed since",
+    replace_by_a_folder: "is no file",
+    replace_by_a_pipe: "is no file",
+    replace_by_a_file_that_gives_errors: "has changed since",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_shard_that_is_damaged_while_the_run_reads_it_ends_the_reading(
+    counting: Counting, damage: Callable[[Path], None]
+) -> None:
+    shards = counting([1000, 1000, 1000])
+    stream = TokenStream(shards, 128, 1, 0, 1, "cpu")
+    read = [stream.batch(step)[0] for step in range(7)]
+    damage(Path(shards.paths[1]))
+    with pytest.raises(DataError, match=DAMAGES[damage]) as error:
+        for step in range(7, 20):
+            read.append(stream.batch(step)[0])
+    assert str(error.value).startswith(shards.paths[1]) and "\n" not in str(error.value)
+    assert torch.equal(torch.cat(read).flatten(), torch.arange(len(read) * 128))  # what was read is right
+    assert len(read) < 16
+
+
+UNREADABLE: dict[Callable[[Path], None], str] = {
+    replace_by_a_folder: "is no file; leave it out of the pattern",
+    replace_by_a_pipe: "is no file; leave it out of the pattern",
+    replace_by_a_file_that_gives_errors: "cannot be read: Input/output error",
+}
+
+
+@pytest.mark.parametrize("damage", UNREADABLE)
+@pytest.mark.parametrize("by_name", [True, False])
+def test_what_is_named_like_a_shard_and_cannot_be_read_is_refused(
+    shard: Path, damage: Callable[[Path], None], by_name: bool
+) -> None:
+    other = shard.with_name("train_000001.bin")
+    other.touch()
+    damage(other)
+    with pytest.raises(DataError, match=f"{other} {UNREADABLE[damage]}"):
+        Shards.open(str(other) if by_name else f"{shard.parent}/*.bin", VOCABULARY)
+
+
+def test_a_link_that_leads_nowhere_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").symlink_to(tmp_path / "nothing")
+    (tmp_path / "b.bin").symlink_to(tmp_path / "b.bin")
+    for pattern in ("a*", "b*"):
+        with pytest.raises(DataError, match="is no file"):
+            Shards.open(str(tmp_path / pattern), VOCABULARY)
+
+
+@pytest.mark.parametrize("name", ["a b/c d.bin", "äöü/日本語.bin", "a\u3000b/🙂.bin", "-r/$HOME.bin", "%s/{}.bin"])
+def test_names_may_hold_spaces_and_letters_of_any_language(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir()
+    write_shard(tmp_path / name, some_tokens(300))
+    for pattern in (tmp_path / name, tmp_path / "**" / "*.bin"):
+        assert Shards.open(str(pattern), VOCABULARY).paths == [str(tmp_path / name)]
+
+
+@pytest.mark.parametrize("name", [b"a\nb.bin", b"\xff.bin", b"\x1b[2J.bin", "\u2028.bin".encode()])
+def test_names_that_a_line_of_the_log_cannot_hold_are_refused(tmp_path: Path, name: bytes) -> None:
+    write_shard(tmp_path / os.fsdecode(name), some_tokens(300))
+    for pattern in ("*.bin", os.fsdecode(name)):
+        with pytest.raises(DataError, match="has characters that a line of text cannot hold") as error:
+            Shards.open(str(tmp_path / pattern), VOCABULARY)
+        assert str(error.value).isprintable()
+
+
 @pytest.mark.parametrize("slice_tokens", [0, 100, 129, -128])
-def test_a_slice_that_is_no_multiple_of_128_is_refused(slice_tokens: int) -> None:
+def test_a_slice_that_is_no_multiple_of_128_is_refused(counting: Counting, slice_tokens: int) -> None:
     with pytest.raises(DataError, match=f"{slice_tokens} tokens is not a multiple of 128"):
-        TokenStream(in_memory([5000]), slice_tokens, 2, 0, 1, "cpu")
+        TokenStream(counting([5000]), slice_tokens, 2, 0, 1, "cpu")
     with pytest.raises(DataError, match=f"{slice_tokens} tokens is not a multiple of 128"):
-        validation_batches(in_memory([5000]), 1000, slice_tokens, 1, 0, 1, EOD, "cpu")
+        validation_batches(counting([5000]), 1000, slice_tokens, 1, 0, 1, EOD, "cpu")
 
 
 @pytest.mark.parametrize(("slices", "processes"), [(8, 3), (2, 4), (0, 1)])
-def test_processes_that_cannot_share_a_step_evenly_are_refused(slices: int, processes: int) -> None:
+def test_processes_that_cannot_share_a_step_evenly_are_refused(counting: Counting, slices: int, processes: int) -> None:
     with pytest.raises(DataError, match=f"{processes} processes cannot share {slices} slices"):
-        TokenStream(in_memory([5000]), 128, slices, 0, processes, "cpu")
+        TokenStream(counting([5000]), 128, slices, 0, processes, "cpu")
 
 
 @settings(deadline=None, max_examples=50)
@@ -220,9 +335,9 @@ def test_processes_that_cannot_share_a_step_evenly_are_refused(slices: int, proc
     processes=st.integers(1, 5),
 )
 def test_validation_predicts_each_of_the_first_tokens_once(
-    val_tokens: int, spare: int, blocks: int, slices_per_batch: int, processes: int
+    counting: Counting, val_tokens: int, spare: int, blocks: int, slices_per_batch: int, processes: int
 ) -> None:
-    shards = in_memory([val_tokens, spare])
+    shards = counting([val_tokens, spare])
     slice_tokens = 128 * blocks
     of_process = [
         list(validation_batches(shards, val_tokens, slice_tokens, slices_per_batch, rank, processes, EOD, "cpu"))
@@ -242,8 +357,8 @@ def test_validation_predicts_each_of_the_first_tokens_once(
     assert len(inputs) - val_tokens < slices_per_batch * processes * slice_tokens
 
 
-def test_fewer_validation_tokens_than_asked_says_how_many_there_are() -> None:
-    shards = in_memory([600, 400])
+def test_fewer_validation_tokens_than_asked_says_how_many_there_are(counting: Counting) -> None:
+    shards = counting([600, 400])
     assert len(list(validation_batches(shards, 999, 128, 1, 0, 1, EOD, "cpu"))) == 8
     with pytest.raises(DataError, match="1000 tokens reads 1001.* hold 1000"):
         validation_batches(shards, 1000, 128, 1, 0, 1, EOD, "cpu")
@@ -251,8 +366,8 @@ def test_fewer_validation_tokens_than_asked_says_how_many_there_are() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_gets_the_tokens_that_a_cpu_gets() -> None:
-    shards = in_memory([700, 1, 2500])
+def test_a_gpu_gets_the_tokens_that_a_cpu_gets(counting: Counting) -> None:
+    shards = counting([700, 1, 2500])
     on_gpu, on_cpu = (TokenStream(shards, 128, 4, 1, 2, device) for device in ("cuda", "cpu"))
     for step in range(10):
         for got, expected in zip(on_gpu.batch(step), on_cpu.batch(step), strict=True):

@@ -1,5 +1,6 @@
 """What a run leaves behind: its source first, one JSON object a line, and after a resume one unbroken record."""
 
+import hashlib
 import json
 import math
 import os
@@ -32,6 +33,15 @@ def test_the_source_begins_with_the_trainer_and_holds_every_module_whole() -> No
         assert f"===== {name}\n{module.read_text(encoding='utf-8')}" in source
     titles = [line for line in source.splitlines() if line.startswith("===== ")]
     assert len(titles) == len(set(titles)) == len(modules) + 1
+
+
+def test_every_file_of_the_source_has_its_checksum() -> None:
+    lines = run_log.source_checksums().splitlines()
+    assert len(lines) == run_log.source().count("\n===== ") + 1
+    for line in lines:
+        word, name, kind, sha256 = line.split()
+        assert (word, kind) == ("source", "sha256")
+        assert hashlib.sha256((PACKAGE.parent / name).read_bytes()).hexdigest() == sha256
 
 
 def test_the_environment_names_versions_and_hardware() -> None:
@@ -87,7 +97,7 @@ def test_a_resumed_run_cuts_back_to_its_checkpoint_and_goes_on(tmp_path: Path) -
         "metrics.jsonl": 2 * len('{"kind": "train", "step": 0}\n'),
     }
     run_log.cut_back(tmp_path, sizes)
-    again = run_log.RunLog(tmp_path, is_first=True, append=True)
+    again = run_log.RunLog(tmp_path, is_first=True, mode="a")
     assert again.sizes() == sizes
     for step in range(2, 4):
         again.line(f"step {step} äöü")

@@ -66,9 +66,9 @@ def test_the_loss_is_the_mean_over_the_first_tokens_exactly(
     loss, picks = computed_plainly(shard, model, config, tokens)
     assert validation.tokens == tokens
     assert validation.loss == pytest.approx(loss, abs=1e-5)
-    assert validation.pick_counts.sum(1).tolist() == [2.0 * tokens] * 3
+    assert validation.routing.counts.sum(1).tolist() == [2.0 * tokens] * 3
     # A route that ties within rounding may differ.
-    assert (validation.pick_counts - picks).abs().sum() <= 2 and validation.pick_counts.dtype == torch.float64
+    assert (validation.routing.counts - picks).abs().sum() <= 2 and validation.routing.counts.dtype == torch.float64
 
 
 def test_the_last_target_counts_and_the_token_after_it_does_not(
@@ -95,11 +95,12 @@ def test_how_many_slices_go_through_together_changes_nothing(
     one, *others = (validated(world, shard, model, config, 1900, together) for together in (1, 3, 15, 40))
     for other in others:
         assert other.loss == pytest.approx(one.loss, abs=1e-7) and other.tokens == one.tokens
-        assert torch.equal(other.pick_counts, one.pick_counts)
+        assert torch.equal(other.routing.counts, one.routing.counts)
 
 
 def share_of_process(world: World, *arguments: Any) -> dict[str, Any]:
-    return validated(world, *arguments)._asdict()
+    validation = validated(world, *arguments)
+    return {"loss": validation.loss, "tokens": validation.tokens, "counts": validation.routing.counts}
 
 
 def test_two_processes_report_the_loss_of_one(
@@ -110,7 +111,7 @@ def test_two_processes_report_the_loss_of_one(
     alone = validated(world, shard, model, config, tokens, 4)
     for result in on_processes(2, share_of_process, shard, model, config, tokens, 4):
         assert result["loss"] == pytest.approx(alone.loss, abs=1e-6) and result["tokens"] == tokens
-        assert (result["pick_counts"] - alone.pick_counts).abs().sum() <= 2
+        assert (result["counts"] - alone.routing.counts).abs().sum() <= 2
 
 
 def test_validation_leaves_no_trace_in_the_model(

@@ -2,20 +2,22 @@
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from switch_bank.config import ModelConfig, compute_dtype
+from switch_bank.config import Config, ModelConfig, compute_dtype
 from switch_bank.model.attention import Ring, attention_matrices, rms_norm, rotary_tables, self_attention
 from switch_bank.model.bank import Bank, Experts
 from switch_bank.model.features import Documents, EmaSums, documents_of, ema_features
-from switch_bank.model.router import RouterOfLayer, Routers, Routing
-from switch_bank.ops.attention import build_mask, choose_backend, ring_mask
+from switch_bank.model.folder import ModelFolderError, read_folder
+from switch_bank.model.router import RouterOfLayer, Routers, Routing, RoutingSums
+from switch_bank.ops.attention import BLOCK, build_mask, choose_backend, ring_mask
 from switch_bank.ops.noise import gumbel
-from switch_bank.schedules import StepState
+from switch_bank.schedules import StepState, step_state
 
 SKIPS = {9: 6, 10: 4, 11: 2}  # U-net skips: layer -> the earlier layer whose output it gets
 IGNORE = -100  # target that no loss is taken of
@@ -53,7 +55,7 @@ class Output(NamedTuple):
     loss: Tensor  # 0-dim float32: mean cross-entropy, plus the auxiliary loss in training
     cross_entropy: Tensor  # 0-dim float32, detached: mean over the targets
     token_losses: Tensor  # [B, T] float32, detached; 0 at ignored targets
-    pick_counts: Tensor  # [L, E] float32: how often the tokens that have a target picked each expert
+    routing: RoutingSums
     margins: Tensor  # [B, T] float32: least lead, over the layers, of the last pick over the next best; inf in training
 
 
@@ -74,6 +76,46 @@ class SwitchBankGPT(nn.Module):
         # A layer's scalars: weight of its U-net skip, λ₀ of x, λ₁ of x⁰, weights of v and of the value embedding.
         self.scalars = nn.Parameter(torch.tensor([1.0, 1.0, 0.0, 0.5, 0.5]).repeat(config.layers, 1))
         self.head = nn.Parameter(torch.zeros(config.padded_vocab, config.width))
+        self.trained_state: StepState | None = None  # of the step that loaded weights were trained to
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, device: torch.device | str = "cpu") -> "SwitchBankGPT":
+        """The model, in eval mode, of a folder that `python -m switch_bank export` wrote; `predict` gives its logits.
+
+        Raises ModelFolderError or ConfigError for a file that is missing, damaged or does not fit.
+        """
+        return cls.trained(*read_folder(Path(folder)), device)
+
+    @classmethod
+    def trained(
+        cls, config: Config, weights: dict[str, Tensor], step: int, device: torch.device | str
+    ) -> "SwitchBankGPT":
+        """The model of a run after `step` steps, in eval mode. weights: its state_dict, which the model takes over."""
+        with torch.device("meta"):
+            model = cls(config.model)
+        try:
+            model.load_state_dict(weights, assign=True)
+        except RuntimeError as error:
+            lines = " ".join(str(error).split())
+            raise ModelFolderError(f"the weights do not fit their configuration: {lines}") from error
+        model.trained_state = step_state(step, config, device)
+        return model.to(device).eval()
+
+    @torch.no_grad()
+    def predict(self, tokens: Tensor) -> Tensor:
+        """The logits of each next token, [B, T, vocab_size] float32, of a trained model in eval mode.
+
+        tokens: [B, T] int64; documents begin with `config.eod_token`. Row t depends on tokens 0..t alone, unless
+        the model is leaky.
+        """
+        if self.trained_state is None:
+            raise RuntimeError("this model is not trained: load one with SwitchBankGPT.from_folder")
+        backend, length = self.attention_backend, tokens.shape[1]
+        window = int(self.trained_state.window) if backend == "flash" else None
+        if backend == "flex":  # which takes whole blocks
+            tokens = F.pad(tokens, (0, -length % BLOCK), value=self.config.eod_token)
+        hidden, _, _ = self.trunk(tokens, self.trained_state, window=window)
+        return self.logits(hidden[:, :length]).float()[..., : self.config.vocab_size]
 
     @property
     def attention_backend(self) -> str:
@@ -92,7 +134,7 @@ class SwitchBankGPT(nn.Module):
         """tokens, targets: [B, T] int64. Gumbel noise is drawn where a seed (0-dim int64) is given, for slices [B]
         int64 of the step. `window` in tokens replaces state.window for attention kernels that take a Python int."""
         hidden, routings, active = self.trunk(tokens, state, slices, seed, window)
-        output = self.losses(hidden, targets, routings, active)
+        output = self.losses(hidden, targets, routings, state, active)
         # Detached here: within a compiled part, a detached twin of the loss makes the loss come out without a gradient.
         return output._replace(cross_entropy=output.cross_entropy.detach(), token_losses=output.token_losses.detach())
 
@@ -225,22 +267,24 @@ class SwitchBankGPT(nn.Module):
         one = torch.zeros_like(n[..., :1])
         return x + self.bank(experts, n, one.long(), one + 1)
 
-    def losses(self, x: Tensor, targets: Tensor, routings: list[Routing], active: Tensor) -> Output:
+    def losses(self, x: Tensor, targets: Tensor, routings: list[Routing], state: StepState, active: Tensor) -> Output:
         """From the last block's output to the losses."""
         logits = self.logits(x).float()
         token_losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
         counted = targets != IGNORE
         cross_entropy = token_losses.sum() / counted.sum().clamp(min=1)
         loss = cross_entropy
-        pick_counts = torch.zeros(self.config.layers, self.config.experts, device=targets.device)
         margins = torch.full_like(token_losses, torch.inf).view_as(targets)
-        if self.routers is not None:
-            pick_counts = torch.stack([self.routers.pick_counts(r, active, counted) for r in routings])
+        if self.routers is None:
+            layers = self.config.layers
+            sums = RoutingSums.from_flat(torch.zeros(5 * layers, device=targets.device), layers, experts=1)
+        else:
+            sums = self.routers.sums(routings, state, active, counted)
             if self.training:
                 loss = loss + self.routers.auxiliary_loss(routings, active)
             else:
                 margins = torch.stack([self.routers.margin(r) for r in routings]).amin(0)
-        return Output(loss, cross_entropy, token_losses.view_as(targets), pick_counts, margins)
+        return Output(loss, cross_entropy, token_losses.view_as(targets), sums, margins)
 
     def logits(self, x: Tensor) -> Tensor:
         """The last block's output [..., D] -> [..., padded vocabulary], softly capped at ±15."""

@@ -17,7 +17,29 @@ class Routing(NamedTuple):
     gates: Tensor  # [B, T, K] router dtype; 0 for a pick beyond the active experts
     probabilities: Tensor  # [B, T, E] router dtype; softmax or sigmoid of the capped logits, 0 for inactive experts
     logits: Tensor  # [B, T, E] before noise, temperature and cap
+    capped: Tensor  # [B, T, E] what the probabilities are taken of
     choice: Tensor  # [B, T, E] the values that the top-K was taken of, -inf for inactive experts
+
+
+class RoutingSums(NamedTuple):
+    """How the tokens that have a target were routed, summed over them; float32, so that parts of a step add up."""
+
+    counts: Tensor  # [L, E]: how often they picked each expert; inactive picks are none
+    load: Tensor  # [L, E]: how often each expert was their first pick
+    importance: Tensor  # [L, E]: of their probabilities
+    top_probability: Tensor  # [L]: of their highest probability
+    at_cap: Tensor  # [L]: of the share of their active experts whose logit is cut off at the cap
+
+    def flat(self) -> Tensor:
+        """All of them in one row, to be summed over processes in one call."""
+        return torch.cat([part.flatten() for part in self])
+
+    @classmethod
+    def from_flat(cls, row: Tensor, layers: int, experts: int) -> "RoutingSums":
+        """Undoes `flat`."""
+        each = layers * experts
+        matrices, vectors = row[: 3 * each].view(3, layers, experts), row[3 * each :].view(2, layers)
+        return cls(*matrices.unbind(), *vectors.unbind())
 
 
 class RouterOfLayer(NamedTuple):
@@ -89,14 +111,15 @@ class Routers(nn.Module):
         values = noisy / (state.temperature * router.temperature_factor)
         choice = values + router.balance_bias if config.balance == "bias" else values
         choice = choice.masked_fill(~active, -torch.inf)
-        experts = choice.topk(config.top_k, dim=-1).indices
+        # argmax, because topk took three times as long for one expert of 16 on a CPU.
+        experts = choice.argmax(-1, keepdim=True) if config.top_k == 1 else choice.topk(config.top_k, dim=-1).indices
         # Chosen by the values, weighed by the capped ones: at a low cap many tie, and a tie goes to the lower index.
         capped = torch.clamp(values, -state.cap, state.cap)
         if config.score == "softmax":
             probabilities = torch.softmax(capped.masked_fill(~active, -torch.inf), dim=-1)
         else:
             probabilities = torch.sigmoid(capped) * active
-        return Routing(experts, probabilities.gather(-1, experts), probabilities, logits, choice)
+        return Routing(experts, probabilities.gather(-1, experts), probabilities, logits, capped, choice)
 
     def margin(self, routing: Routing) -> Tensor:
         """[B, T] float32: by how much the last pick beats the best expert that was not picked; a rounding error above
@@ -106,10 +129,34 @@ class Routers(nn.Module):
         best = routing.choice.topk(self.config.top_k + 1, dim=-1).values
         return (best[..., -2] - best[..., -1]).nan_to_num(nan=torch.inf, posinf=torch.inf).float()
 
-    def pick_counts(self, routing: Routing, active: Tensor, counted: Tensor) -> Tensor:
-        """[E] float32: how often the tokens of counted [B, T] bool picked each expert; inactive picks are none."""
-        picks = F.one_hot(routing.experts, self.config.experts).sum(dim=2) * counted[..., None]
-        return (picks.sum(dim=(0, 1)) * active).float()
+    def sums(self, routings: list[Routing], state: StepState, active: Tensor, counted: Tensor) -> RoutingSums:
+        """What the tokens of counted [B, T] bool picked; one Routing a layer."""
+        tokens, count = counted[..., None], self.config.experts
+        layers = []
+        for routing in routings:
+            picks = F.one_hot(routing.experts, count) * active
+            at_cap = (routing.capped.abs() >= state.cap) & active
+            of_layer = (
+                (picks.sum(dim=2) * tokens).sum(dim=(0, 1)),
+                (picks[:, :, 0] * tokens).sum(dim=(0, 1)),
+                (routing.probabilities * tokens).sum(dim=(0, 1)),
+                (routing.probabilities.amax(-1) * counted).sum(),
+                (at_cap * tokens).sum() / active.sum(),
+            )
+            layers.append([part.detach().float() for part in of_layer])
+        return RoutingSums(*(torch.stack(part) for part in zip(*layers, strict=True)))
+
+    @torch.no_grad()
+    def feature_shares(self) -> dict[str, Tensor]:
+        """Of each kind of input, its share [L] of the squared norm of a layer's weights."""
+        config = self.config
+        widths = {"token": config.width}
+        widths |= {"forward_ema": config.width} if config.forward_ema else {}
+        widths |= {"reverse_ema": config.width} if config.reverse_ema != "off" else {}
+        widths |= {"flags": config.flag_features} if config.flags else {}
+        squares = self.weight.square().sum(1)
+        parts = squares.split(list(widths.values()), dim=-1)
+        return {name: part.sum(-1) / squares.sum(-1) for name, part in zip(widths, parts, strict=True)}
 
     def auxiliary_loss(self, routings: list[Routing], active: Tensor) -> Tensor:
         """The mean over slices of what balance and z-loss cost, a 0-dim tensor.

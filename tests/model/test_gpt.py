@@ -207,7 +207,7 @@ def test_slices_go_through_together_as_they_would_one_by_one(
         torch.testing.assert_close(getattr(together, name), mean, rtol=1e-5, atol=1e-5)
     token_losses = torch.cat([output.token_losses for output in one_by_one])
     torch.testing.assert_close(together.token_losses, token_losses, rtol=1e-4, atol=1e-4)
-    assert torch.equal(together.pick_counts, torch.stack([output.pick_counts for output in one_by_one]).sum(0))
+    assert torch.equal(together.routing.counts, torch.stack([output.routing.counts for output in one_by_one]).sum(0))
     for name, want in gradients_of(model).items():
         assert (gradients[name] - want).abs().max() <= 1e-4 * want.abs().max(), name
 
@@ -242,10 +242,10 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_targets_that_count(config_of:
     assert (output.token_losses[~counted] == 0).all()
     torch.testing.assert_close(output.cross_entropy, expected[counted].mean(), rtol=1e-5, atol=1e-5)
     assert torch.equal(output.loss, output.cross_entropy)  # no auxiliary loss in evaluation
-    assert output.pick_counts.sum(1).tolist() == [float(counted.sum())] * config.model.layers
+    assert output.routing.counts.sum(1).tolist() == [float(counted.sum())] * config.model.layers
     assert output.margins.shape == tokens.shape and 0 <= output.margins.min() < output.margins.max() < torch.inf
     nothing = model(tokens, torch.full_like(tokens, IGNORE), state)
-    assert nothing.cross_entropy == 0 and nothing.pick_counts.sum() == 0
+    assert nothing.cross_entropy == 0 and nothing.routing.counts.sum() == 0
 
 
 def test_logits_are_softly_capped_at_fifteen(config_of: ConfigOf, model_of: ModelOf) -> None:
@@ -424,7 +424,7 @@ def test_an_inactive_expert_gets_exactly_zero_gradients(config_of: ConfigOf, mod
     state = late_state(config)._replace(active_experts=torch.tensor(2.0))
     output = model(tokens, tokens, state, torch.arange(2), SEED)
     output.loss.backward()
-    assert (output.pick_counts[:, :2] == 256).all() and (output.pick_counts[:, 2:] == 0).all()
+    assert (output.routing.counts[:, :2] == 256).all() and (output.routing.counts[:, 2:] == 0).all()
     assert model.routers is not None
     gradients = gradients_of(model)
     for name in ("bank.w1", "bank.w2"):
@@ -454,7 +454,7 @@ def test_a_bank_of_128_experts_runs_and_uses_them(config_of: ConfigOf, model_of:
     output = model(tokens, tokens, late_state(config), torch.arange(4), SEED)
     output.loss.backward()
     assert torch.isfinite(output.loss)
-    assert output.pick_counts.sum(1).tolist() == [1024.0] * 3 and (output.pick_counts > 0).sum() > 192
+    assert output.routing.counts.sum(1).tolist() == [1024.0] * 3 and (output.routing.counts > 0).sum() > 192
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3, 28])
@@ -491,7 +491,7 @@ def test_the_fast_backends_give_the_loss_and_gradients_of_the_references(
         results.append((output, gradients_of(model)))
     (fast, fast_gradients), (exact, exact_gradients) = results
     torch.testing.assert_close(fast.loss, exact.loss.float(), rtol=1e-5, atol=1e-5)
-    assert torch.equal(fast.pick_counts, exact.pick_counts)
+    assert torch.equal(fast.routing.counts, exact.routing.counts)
     for name, want in exact_gradients.items():
         assert (fast_gradients[name] - want).abs().max() <= 2e-3 * want.abs().max(), name
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from switch_bank.config import ModelConfig
-from switch_bank.model.router import Routers, Routing, imbalance_cost
+from switch_bank.model.router import Routers, Routing, RoutingSums, imbalance_cost
 from switch_bank.schedules import StepState, layer_shape
 
 BASE = ModelConfig(
@@ -43,7 +43,7 @@ def route(routers: Routers, n: Tensor, at: StepState, layer: int = 1, noise: Ten
 def routing_of(probabilities: Tensor, experts: Tensor, logits: Tensor | None = None) -> Routing:
     gates = probabilities.gather(-1, experts)
     logits = probabilities if logits is None else logits
-    return Routing(experts, gates, probabilities, logits, logits)
+    return Routing(experts, gates, probabilities, logits, logits, logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -103,7 +103,7 @@ def test_picks_beyond_the_active_experts_count_for_nothing(score: str) -> None:
     assert routing.experts.shape[-1] == 4
     assert torch.equal(routing.gates > 0, active[routing.experts])
     assert torch.equal(routing.gates > 0, torch.tensor([True, True, False, False]).expand_as(routing.gates))
-    counts = routers.pick_counts(routing, active, torch.ones(2, 50, dtype=torch.bool))
+    counts = routers.sums([routing], at, active, torch.ones(2, 50, dtype=torch.bool)).counts[0]
     assert counts.tolist() == [100.0, 100.0, 0.0, 0.0, 0.0, 0.0]
     (routing.gates * torch.randn_like(routing.gates)).sum().backward()
     assert routers.weight.grad is not None and routers.bias.grad is not None
@@ -147,8 +147,7 @@ def test_the_balance_bias_evens_out_a_skewed_load(scope: str) -> None:
 
     def loads() -> Tensor:
         with torch.no_grad():
-            picks = [routers.pick_counts(route(routers, n, at, layer), active, counted) for layer in range(3)]
-        return torch.stack(picks)
+            return routers.sums([route(routers, n, at, layer) for layer in range(3)], at, active, counted).counts
 
     def unevenness(counts: Tensor) -> float:
         """The largest load over the mean, in the scope's worst row."""
@@ -199,18 +198,27 @@ def test_pruning_never_switches_off_the_last_expert() -> None:
     assert routers.active(at).any()
 
 
-def test_pick_counts_are_of_the_tokens_that_have_a_target() -> None:
-    routers = routers_of(top_k=2)
-    routing = route(routers, tokens_of(), state())
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_routing_sums_are_of_the_tokens_that_have_a_target(score: str) -> None:
+    routers, at = routers_of(top_k=2, score=score), state(active=5, cap=0.05)
+    routing = route(routers, tokens_of(), at)
     counted = torch.rand(2, 50, generator=torch.Generator().manual_seed(0)) < 0.5
-    expected = torch.zeros(6)
-    for row in range(2):
-        for t in range(50):
-            if counted[row, t]:
-                for expert in routing.experts[row, t].tolist():
-                    expected[expert] += 1
-    counts = routers.pick_counts(routing, routers.active(state()), counted)
-    assert torch.equal(counts, expected) and counts.sum() == 2 * counted.sum()
+    counts, load, importance = torch.zeros(6), torch.zeros(6), torch.zeros(6)
+    top_probability, at_cap = 0.0, 0.0
+    for row, t in counted.nonzero().tolist():
+        picks, probabilities = routing.experts[row, t].tolist(), routing.probabilities[row, t].detach()
+        counts[picks] += 1
+        load[picks[0]] += 1
+        importance += probabilities
+        top_probability += float(probabilities.max())
+        at_cap += sum(abs(value) >= 0.05 for value in routing.capped[row, t, :5].tolist()) / 5
+    sums = routers.sums([routing, routing], at, routers.active(at), counted)
+    for layer in range(2):
+        assert torch.equal(sums.counts[layer], counts) and torch.equal(sums.load[layer], load)
+        torch.testing.assert_close(sums.importance[layer], importance)
+        assert float(sums.top_probability[layer]) == pytest.approx(top_probability, rel=1e-5)
+        assert float(sums.at_cap[layer]) == pytest.approx(at_cap, rel=1e-5) and 0 < at_cap < counted.sum()
+    assert all(torch.equal(one, two) for one, two in zip(RoutingSums.from_flat(sums.flat(), 2, 6), sums, strict=True))
 
 
 def cost_by_hand(share: list[float], active: list[bool], cv: float, entropy: float) -> float:

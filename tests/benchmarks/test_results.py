@@ -1,0 +1,111 @@
+"""gpu.sh leaves one JSON document of a fixed schema, whatever its steps do."""
+
+import copy
+import json
+import os
+import stat
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.results import SchemaError, check, table
+from switch_bank.data import write_shard
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = [
+    "shards", "limits", "bank-slice", "bank-eight-slices", "step", "optimizer", "tests", "torchrun", "small",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    """docs_gpt2.tar.xz with shards of random tokens."""
+    folder = tmp_path_factory.mktemp("inputs")
+    shards = folder / "docs_gpt2"
+    shards.mkdir()
+    random = np.random.default_rng(0)
+    for name, tokens in ("docs_train_000001", 50_000), ("docs_val_000000", 70_000):
+        text = random.integers(1, 512, size=tokens)
+        text[::500] = 0
+        write_shard(shards / f"{name}.bin", text)
+    with tarfile.open(folder / "docs_gpt2.tar.xz", "w:xz") as archive:
+        archive.add(shards, "docs_gpt2")
+    return folder
+
+
+def gpu_sh(inputs: Path, out: Path, python: str) -> tuple[subprocess.CompletedProcess[str], dict]:
+    environment = os.environ | {"SMALL_SHAPES": "1", "PYTHON": python, "CUDA_VISIBLE_DEVICES": ""}
+    command = ["benchmarks/gpu.sh", str(inputs), str(out)]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=580)
+    assert result.returncode == 0, result.stderr
+    (file,) = out.glob("*.json")
+    return result, json.loads(file.read_text())
+
+
+@pytest.fixture(scope="module")
+def broken(inputs, tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], dict]:
+    """What gpu.sh writes where every step in Python fails."""
+    folder = tmp_path_factory.mktemp("broken")
+    python = folder / "python"
+    python.write_text(
+        "#!/bin/sh\n"
+        f'case "$*" in *benchmarks.results*|-c*) exec "{sys.executable}" "$@";; esac\n'
+        "echo '{\"half an object\"'; echo this Python is broken >&2; exit 3\n"
+    )
+    python.chmod(python.stat().st_mode | stat.S_IXUSR)
+    return gpu_sh(inputs, folder / "results", str(python))
+
+
+def test_steps_that_fail_stop_no_other_and_are_written_down_as_failed(broken):
+    result, document = broken
+    check(document)
+    assert [step["name"] for step in document["steps"]] == STEPS
+    assert [step["status"] for step in document["steps"]] == ["passed"] + 8 * ["failed"]
+    for step in document["steps"][1:]:
+        assert step["exit_code"] == 3 and "this Python is broken" in step["tail"]
+    assert document["bank"] == document["step"] == document["optimizer"] == document["runs"] == []
+    assert "| small | failed |" in result.stdout
+
+
+def test_a_document_off_the_schema_is_refused_with_the_place(broken):
+    good = broken[1]
+    for change, where in [
+        (lambda document: document.pop("device"), "results must be an object with exactly the keys device"),
+        (lambda document: document.update(more=1), "results must be an object"),
+        (lambda document: document["steps"][2].update(seconds="3"), r"results.steps\[2\].seconds is '3'"),
+        (lambda document: document["steps"][1].update(seconds=float("nan")), r"results.steps\[1\].seconds is nan"),
+        (lambda document: document.update(bank={}), "results.bank must be a list"),
+    ]:
+        document = copy.deepcopy(good)
+        change(document)
+        with pytest.raises(SchemaError, match=where):
+            check(document)
+
+
+def test_a_missing_archive_gets_one_clear_line(tmp_path):
+    result = subprocess.run(["benchmarks/gpu.sh", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "INPUTS holds docs_gpt2.tar.xz" in result.stderr
+
+
+@pytest.mark.slow
+def test_every_step_of_gpu_sh_runs_on_a_cpu_at_small_shapes(inputs, tmp_path):
+    result, document = gpu_sh(inputs, tmp_path / "results", sys.executable)
+    check(document)
+    assert document["small_shapes"]
+    failed = {step["name"]: step["tail"] for step in document["steps"] if step["status"] != "passed"}
+    assert failed == {}
+    assert [step["name"] for step in document["steps"]] == STEPS
+    assert [len(document[kind]) for kind in ("bank", "step", "optimizer", "limits")] == [4, 1, 4, 10]
+    assert {row["shape"]["top_k"] for row in document["bank"]} == {1, 2}
+    torchrun, small = sorted(document["runs"], key=lambda run: run["name"] == "small")
+    for run in (torchrun, small):
+        assert run["result"].startswith("result: val_loss") and run["warm_up_seconds"] > 0
+    assert len(small["val"]) == 2  # at its clock reading, and at the end
+    assert small["val"][0]["train_time_s"] == pytest.approx(1, abs=0.9)
+    assert document["profile"] and document["profile"][0]["ms"] > 0
+    assert table(document) in result.stdout
