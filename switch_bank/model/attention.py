@@ -1,6 +1,6 @@
 """Softmax attention of a block: per-head RMS norm, half-truncated rotary, value embeddings, documents and window."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,20 @@ from torch import Tensor, nn
 from switch_bank.ops.attention import attention
 
 SCALE = 0.12  # of the scores; q and k are normed, so it does not depend on the head's width
+
+
+class Ring(NamedTuple):
+    """The keys and values of a layer's last tokens, as many as its window spans; token i stands at i mod window."""
+
+    keys: Tensor  # [B, window, H, d]
+    values: Tensor  # [B, window, H, d]
+    token_index: Tensor  # 0-dim int64: of the token being read, in its stream; one tensor for all layers
+
+    def put(self, key: Tensor, value: Tensor) -> None:
+        """Writes the key and value of the token being read, [B, 1, H, d] each, over those that leave the window."""
+        place = (self.token_index % self.keys.shape[1])[None]
+        self.keys.index_copy_(1, place, key)
+        self.values.index_copy_(1, place, value)
 
 
 def attention_matrices(width: int) -> nn.Parameter:
@@ -21,9 +35,10 @@ def attention_matrices(width: int) -> nn.Parameter:
 
 def self_attention(
     qkvo: Tensor, n: Tensor, heads: int, rotary: tuple[Tensor, Tensor], value_embedding: Tensor | None, mix: Tensor,
-    backend: str, mask: Any,
+    backend: str, mask: Any, ring: Ring | None = None,
 ) -> Tensor:  # fmt: skip
-    """n: [B, T, D]; value_embedding: [B, T, D] or None; mix: [2], the weights of v and of the value embedding."""
+    """n: [B, T, D]; value_embedding: [B, T, D] or None; mix: [2], the weights of v and of the value embedding. With a
+    ring, T is 1, and the token attends to what the ring holds and to itself."""
     shape = (*n.shape[:2], heads, n.shape[2] // heads)
     weight = qkvo.to(n.dtype)
     query, key, value = F.linear(n, weight[:3].flatten(0, 1)).chunk(3, dim=-1)
@@ -32,7 +47,12 @@ def self_attention(
     value = mix[0] * value
     if value_embedding is not None:
         value = value + mix[1] * value_embedding
-    y = attention(backend, query, key, value.view(shape), mask, SCALE)
+    value = value.view(shape)
+    if ring is not None:
+        ring.put(key, value)
+        key, value = ring.keys, ring.values
+        backend = "reference" if backend == "reference" else "sdpa"  # the others take no ring
+    y = attention(backend, query, key, value, mask, SCALE)
     return F.linear(y.flatten(2), weight[3])
 
 

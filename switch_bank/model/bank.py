@@ -55,14 +55,13 @@ class Bank(nn.Module):
 
     def forward(self, experts: Experts, n: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
         """n: [B, T, D]; chosen [B, T, K] int64 and gates [B, T, K] as in `Routing`. Returns [B, T, D] in n's dtype."""
-        adapter = Adapter(*(None if part is None else part.to(n.dtype) for part in experts.adapter))
-        backend = choose_backend(self.config.bank_backend, n.dtype)
-        rows, chosen, gates = n.flatten(0, 1), chosen.flatten(0, 1), gates.flatten(0, 1).to(n.dtype)
-        y = expert_ffn(backend, rows, experts.w1.to(n.dtype), experts.w2.to(n.dtype), adapter, chosen, gates)
+        rows, chosen, gates = n.flatten(0, 1), chosen.flatten(0, 1), gates.flatten(0, 1)
+        backend = choose_backend(self.config.bank_backend, n.dtype, len(rows))
+        y = expert_ffn(backend, rows, experts.w1, experts.w2, experts.adapter, chosen, gates)
         if self.config.always_on_expert:
-            w1, w2 = self.always_w1.to(n.dtype), self.always_w2.to(n.dtype)
             all_to_one = torch.zeros_like(chosen[:, :1])
-            y = y + expert_ffn(backend, rows, w1, w2, Adapter(), all_to_one, torch.ones_like(gates[:, :1]))
+            ungated = torch.ones_like(gates[:, :1])
+            y = y + expert_ffn(backend, rows, self.always_w1, self.always_w2, Adapter(), all_to_one, ungated)
         return y.view_as(n)
 
     @torch.no_grad()

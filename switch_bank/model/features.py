@@ -4,11 +4,10 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from switch_bank.config import ModelConfig
-from switch_bank.ops.ema import document_scan
+from switch_bank.ops.ema import document_scan, scan_step
 
 
 class Documents(NamedTuple):
@@ -16,39 +15,55 @@ class Documents(NamedTuple):
 
     document: Tensor  # int64: index of the document within the slice
     position: Tensor  # int64: tokens since the document's first one
+    is_eod: Tensor  # bool
     flags: Tensor | None  # [B, T, flag_features] float32
 
 
-def documents_of(tokens: Tensor, config: ModelConfig) -> Documents:
-    """tokens: [B, T] int64; documents begin at `eod_token`."""
+class EmaSums(NamedTuple):
+    """What the EMAs of one group of layers have summed up to the last token; [B, 1, D] float32 or float64 each."""
+
+    forward: Tensor
+    reverse: Tensor
+
+
+def documents_of(tokens: Tensor, config: ModelConfig, before: Documents | None = None) -> Documents:
+    """tokens: [B, T] int64; documents begin at `eod_token`. `before` ends with the token before them: the slice goes
+    on with its document; its position is -1 where there is no such token."""
     index = torch.arange(tokens.shape[1], device=tokens.device)
     is_eod = tokens == config.eod_token
-    starts = is_eod | (index == 0)
-    document = starts.long().cumsum(dim=1)
-    position = index - torch.where(starts, index, 0).cummax(dim=1).values
-    return Documents(document, position, _flags(is_eod, position, config) if config.flags else None)
+    document = is_eod.long().cumsum(dim=1)
+    start = torch.zeros_like(tokens[:, :1]) if before is None else -(before.position[:, -1:] + 1)
+    position = index - torch.where(is_eod, index, start).cummax(dim=1).values
+    last_is_eod = torch.zeros_like(is_eod[:, :1]) if before is None else before.is_eod[:, -1:]
+    after_eod = torch.cat([last_is_eod, is_eod[:, :-1]], dim=1)
+    return Documents(document, position, is_eod, _flags(is_eod, after_eod, position, config) if config.flags else None)
 
 
-def _flags(is_eod: Tensor, position: Tensor, config: ModelConfig) -> Tensor:
+def _flags(is_eod: Tensor, after_eod: Tensor, position: Tensor, config: ModelConfig) -> Tensor:
     # Position 1 tells apart an EOD of this document from one that was a document of its own.
-    follows_eod = F.pad(is_eod[:, :-1], (1, 0)) & (position == 1)
+    follows_eod = after_eod & (position == 1)
     opening = position < config.opening_tokens
-    bins = F.one_hot(position % 128 * config.position_bins // 128, config.position_bins)
-    return torch.cat([torch.stack([is_eod, follows_eod, opening], dim=-1), bins.bool()], dim=-1).float()
+    bins = torch.arange(config.position_bins, device=position.device)
+    in_bin = (position % 128 * config.position_bins // 128)[..., None] == bins
+    return torch.cat([torch.stack([is_eod, follows_eod, opening], dim=-1), in_bin], dim=-1).float()
 
 
-def forward_ema(n: Tensor, document: Tensor, decay: float) -> Tensor:
-    """f_t = a·f_{t-1} + (1-a)·n_t, from zero at each document's start. n: [B, T, D]; returns float32 or float64."""
-    return (1 - decay) * document_scan(_at_least_float32(n), decay, document)
+def forward_ema(n: Tensor, documents: Documents, decay: float, past: Tensor | None = None) -> Tensor:
+    """f_t = a·f_{t-1} + (1-a)·n_t, from zero at each document's start. n: [B, T, D]; returns float32 or float64.
+    `past` is of `_scan`."""
+    return (1 - decay) * _scan(_at_least_float32(n), decay, documents, past)
 
 
-def reverse_ema(n: Tensor, documents: Documents, decay: float, window: int, normalized: bool) -> Tensor:
+def reverse_ema(
+    n: Tensor, documents: Documents, decay: float, window: int, normalized: bool, past: Tensor | None = None
+) -> Tensor:
     """The causal reverse EMA, a document's opening as known at t: r_t = Σ_{i=s..t} a^(i-s)·n_i over i - s < window,
-    divided by the sum of its weights (`normalized`) or times 1 - a. n: [B, T, D]; returns float32 or float64."""
+    divided by the sum of its weights (`normalized`) or times 1 - a. n: [B, T, D]; returns float32 or float64.
+    `past` is of `_scan`."""
     n = _at_least_float32(n)
     position = documents.position
     weight = torch.where(position < window, decay ** position.clamp(max=window).to(n.dtype), 0.0)
-    weighted = document_scan(weight[..., None] * n, 1.0, documents.document)
+    weighted = _scan(weight[..., None] * n, 1.0, documents, past)
     if not normalized:
         return (1 - decay) * weighted
     read = (position + 1).clamp(max=window).to(n.dtype)
@@ -56,32 +71,45 @@ def reverse_ema(n: Tensor, documents: Documents, decay: float, window: int, norm
     return weighted * ((1 - decay) / -torch.expm1(math.log(decay) * read))[..., None]
 
 
-def leaky_reverse_ema(n: Tensor, documents: Documents, decay: float, window: int) -> Tensor:
+def leaky_reverse_ema(n: Tensor, documents: Documents, decay: float, window: int, past: Tensor | None = None) -> Tensor:
     """The published form, which READS FUTURE TOKENS: an EMA that runs from right to left over the first `window`
-    tokens of a document, and its value at their last token for all later ones. Kept to price the leak."""
+    tokens of a document, and its value at their last token for all later ones. Kept to price the leak.
+
+    With `past` [B, 1, D], the last of these tokens that was read, the tokens to come are not there: the document is
+    taken as one that ends at t. That is the best that generation can do, and not what the model was trained on."""
     n = _at_least_float32(n)
-    document, position, _ = documents
-    opening = position < window
+    opening = documents.position < window
+    if past is not None:
+        return (1 - decay) * past.copy_(torch.where(opening[..., None], n, past))
     # From right to left the document index falls; its negative rises, as the scan wants.
-    backward = document_scan((opening[..., None] * n).flip(1), decay, -document.flip(1)).flip(1)
+    backward = document_scan((opening[..., None] * n).flip(1), decay, -documents.document.flip(1)).flip(1)
     index = torch.arange(n.shape[1], device=n.device)
-    opening_end = index - position + window - 1  # for tokens past the opening: its last token
+    opening_end = index - documents.position + window - 1  # for tokens past the opening: its last token
     source = torch.where(opening, index, opening_end)
     return (1 - decay) * backward.gather(1, source[..., None].expand_as(n))
 
 
-def ema_features(n: Tensor, documents: Documents, config: ModelConfig) -> list[Tensor]:
-    """The EMAs that the configuration asks for, each like n [B, T, D], the bank input of a group's first layer."""
+def ema_features(n: Tensor, documents: Documents, config: ModelConfig, past: EmaSums | None = None) -> list[Tensor]:
+    """The EMAs that the configuration asks for, each like n [B, T, D], the bank input of a group's first layer. With
+    `past`, T is 1, and it is brought up to date in place."""
+    of_forward, of_reverse = past or (None, None)
+    decay, window = config.reverse_decay, config.reverse_window
     features = []
     if config.forward_ema:
-        features.append(forward_ema(n, documents.document, config.forward_decay))
+        features.append(forward_ema(n, documents, config.forward_decay, of_forward))
     if config.reverse_ema == "causal":
-        features.append(
-            reverse_ema(n, documents, config.reverse_decay, config.reverse_window, config.reverse_normalized)
-        )
+        features.append(reverse_ema(n, documents, decay, window, config.reverse_normalized, of_reverse))
     elif config.reverse_ema == "leaky":
-        features.append(leaky_reverse_ema(n, documents, config.reverse_decay, config.reverse_window))
+        features.append(leaky_reverse_ema(n, documents, decay, window, of_reverse))
     return features
+
+
+def _scan(x: Tensor, decay: float, documents: Documents, past: Tensor | None) -> Tensor:
+    """`document_scan` of x [B, T, D]; or one token more of it, x [B, 1, D], whose sums take the place of `past`, those
+    before it [B, 1, D]."""
+    if past is None:
+        return document_scan(x, decay, documents.document)
+    return past.copy_(scan_step(x, decay, past, documents.position > 0))
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

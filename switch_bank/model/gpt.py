@@ -1,5 +1,7 @@
 """SwitchBankGPT: the language model whose layers share one bank of experts."""
 
+import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from switch_bank.config import Config, ModelConfig, compute_dtype
-from switch_bank.model.attention import attention_matrices, rms_norm, rotary_tables, self_attention
+from switch_bank.model.attention import Ring, attention_matrices, rms_norm, rotary_tables, self_attention
 from switch_bank.model.bank import Bank, Experts
-from switch_bank.model.features import Documents, documents_of, ema_features
+from switch_bank.model.features import Documents, EmaSums, documents_of, ema_features
 from switch_bank.model.folder import ModelFolderError, read_folder
 from switch_bank.model.router import RouterOfLayer, Routers, Routing, RoutingSums
-from switch_bank.ops.attention import BLOCK, build_mask, choose_backend
+from switch_bank.ops.attention import BLOCK, build_mask, choose_backend, ring_mask
 from switch_bank.ops.noise import gumbel
 from switch_bank.schedules import StepState, step_state
 
@@ -34,6 +36,17 @@ class Start(NamedTuple):
     long_mask: Any  # of ops.attention.build_mask
     short_mask: Any
     active: Tensor  # [E] bool: the experts that may be chosen
+
+
+@dataclass
+class Past:
+    """What a forward of one token a stream knows of the tokens before it; the forward brings it up to date."""
+
+    windows: tuple[int, int]  # tokens that a long and a short attention window span
+    token_index: Tensor  # 0-dim int64: of the last token in its stream; -1 before the first
+    documents: Documents  # of the last token
+    rings: dict[int, Ring]  # of the layers that have attention
+    sums: list[EmaSums]  # of each group of layers that share EMAs
 
 
 class Output(NamedTuple):
@@ -133,6 +146,13 @@ class SwitchBankGPT(nn.Module):
         for part in PARTS:
             setattr(self, part, torch.compile(getattr(self, part), fullgraph=True, dynamic=False))
 
+    def uncompiled(self) -> "SwitchBankGPT":
+        """This model, sharing every tensor with it, but with the parts of its forward as they are written."""
+        twin = copy.copy(self)
+        for part in PARTS:
+            twin.__dict__.pop(part, None)
+        return twin
+
     def trunk(
         self,
         tokens: Tensor,
@@ -140,10 +160,12 @@ class SwitchBankGPT(nn.Module):
         slices: Tensor | None = None,
         seed: Tensor | None = None,
         window: int | None = None,
+        past: Past | None = None,
     ) -> tuple[Tensor, list[Routing], Tensor]:
-        """The output of the last block [B, T, D], each layer's routes, and the active experts [E] bool."""
+        """The output of the last block [B, T, D], each layer's routes, and the active experts [E] bool. With `past`, T
+        is 1: the next token of each stream."""
         config = self.config
-        start = self.begin(tokens, state, window)
+        start = self.begin(tokens, state, window, past)
         x = start.x0
         bank, scalars = self.bank.of_layers(), self.scalars.unbind()
         routers = None if self.routers is None else self.routers.of_layers()
@@ -160,13 +182,15 @@ class SwitchBankGPT(nn.Module):
             qkvo = self.attention[str(layer // config.tied_layers)] if attends else None
             mask = start.long_mask if layer % 4 == 3 else start.short_mask
             value_embedding = self._value_embedding(layer, start) if attends else None
-            x, n = self.attend(x, start.x0, skip, scalars[layer], qkvo, value_embedding, start.rotary, mask)
+            ring = past.rings[layer] if past is not None and attends else None
+            x, n = self.attend(x, start.x0, skip, scalars[layer], qkvo, value_embedding, start.rotary, mask, ring)
             if routers is None:
                 x = self.dense(x, n, bank[layer])
             else:
                 if layer % config.ema_stride == 0:
                     group = routers[layer : layer + config.ema_stride]
-                    context = self.context(n, start.documents, tuple(router.weight for router in group))
+                    sums = None if past is None else past.sums[layer // config.ema_stride]
+                    context = self.context(n, start.documents, tuple(router.weight for router in group), sums)
                 if seed is not None and slices is not None:
                     noise = self.noise(seed, state, slices, tokens.shape[1], layer_index[layer])
                 of_layer = context[layer % config.ema_stride] if context else None
@@ -177,26 +201,32 @@ class SwitchBankGPT(nn.Module):
 
     # ---- the parts that are compiled ------------------------------------------------------------------------------
 
-    def begin(self, tokens: Tensor, state: StepState, window: int | None) -> Start:
+    def begin(self, tokens: Tensor, state: StepState, window: int | None, past: Past | None) -> Start:
         """All that depends on the tokens and the step alone."""
         config, backend = self.config, self.attention_backend
         dtype = compute_dtype(config.dtype, tokens.device)
-        documents = documents_of(tokens, config)
-        long_window = state.window if window is None else window
-        short_window = torch.div(long_window, 2, rounding_mode="floor") if window is None else window // 2
+        if past is None:
+            documents = documents_of(tokens, config)
+            long_window = state.window if window is None else window
+            short_window = torch.div(long_window, 2, rounding_mode="floor") if window is None else window // 2
+            long_mask, short_mask = (build_mask(backend, documents.document, w) for w in (long_window, short_window))
+        else:
+            past.token_index += 1
+            documents = past.documents = documents_of(tokens, config, past.documents)
+            long_mask, short_mask = (ring_mask(documents.position, past.token_index, w) for w in past.windows)
         return Start(
             x0=rms_norm(self.embedding(tokens).to(dtype)),
             value_embeddings=[table(tokens).to(dtype) for table in self.value_embeddings],
             documents=documents,
             rotary=rotary_tables(documents.position, config.head_dim, dtype),
-            long_mask=build_mask(backend, documents.document, long_window),
-            short_mask=build_mask(backend, documents.document, short_window),
+            long_mask=long_mask,
+            short_mask=short_mask,
             active=(state.active_experts > 0).view(1) if self.routers is None else self.routers.active(state),
         )
 
     def attend(
         self, x: Tensor, x0: Tensor, skip: Tensor | None, scalars: Tensor, qkvo: Tensor | None,
-        value_embedding: Tensor | None, rotary: tuple[Tensor, Tensor], mask: Any,
+        value_embedding: Tensor | None, rotary: tuple[Tensor, Tensor], mask: Any, ring: Ring | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """A block up to its attention. Returns x [B, T, D] and its norm, the bank's input."""
         scalars = scalars.to(x.dtype)
@@ -204,15 +234,17 @@ class SwitchBankGPT(nn.Module):
             x = x + scalars[0] * skip
         x = scalars[1] * x + scalars[2] * x0
         if qkvo is not None:
-            heads, backend = self.config.heads, self.attention_backend
-            x = x + self_attention(qkvo, rms_norm(x), heads, rotary, value_embedding, scalars[3:], backend, mask)
+            heads, backend, mix = self.config.heads, self.attention_backend, scalars[3:]
+            x = x + self_attention(qkvo, rms_norm(x), heads, rotary, value_embedding, mix, backend, mask, ring)
         return x, rms_norm(x)
 
-    def context(self, n: Tensor, documents: Documents, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def context(
+        self, n: Tensor, documents: Documents, weights: tuple[Tensor, ...], sums: EmaSums | None
+    ) -> tuple[Tensor, ...]:
         """What EMAs and flags add to the logits of each layer of a group, [B, T, E]; n is its first layer's bank input,
         weights are its routers'. Empty where the routers see the token alone."""
         assert self.routers is not None
-        features = ema_features(n, documents, self.config)
+        features = ema_features(n, documents, self.config, sums)
         if documents.flags is not None:
             features.append(documents.flags.to(torch.float64 if n.dtype == torch.float64 else torch.float32))
         return self.routers.context_logits(features, weights)

@@ -22,10 +22,15 @@ class Adapter(NamedTuple):
     out_up: Tensor | None = None
 
 
-def choose_backend(name: str, dtype: torch.dtype) -> str:
-    """The backend an option names; "auto" is grouped_mm, which takes no float64."""
+FEW = 16  # tokens: fewer than any slice has, as many as are decoded together at most by gathering matrices
+
+
+def choose_backend(name: str, dtype: torch.dtype, tokens: int) -> str:
+    """The backend an option names; "auto" gathers for a few tokens, else it is grouped_mm, which takes no float64."""
     if name != "auto":
         return name
+    if tokens <= FEW:
+        return "gathered"
     return "reference" if dtype == torch.float64 else "grouped"
 
 
@@ -34,27 +39,37 @@ def expert_ffn(
 ) -> Tensor:
     """x: [N, D]; w1: [E, F, D]; w2: [E, D, F]; experts: [N, K] int64 in 0..E-1; gates: [N, K]. Returns [N, D].
 
-    All floating tensors in x's dtype. A gate of exactly 0 gives and gets exactly nothing.
+    Weights, adapters and gates are cast to x's dtype. A gate of exactly 0 gives and gets exactly nothing.
     """
+    gates = gates.to(x.dtype)
+    if backend == "gathered" and w1.shape[0] > 1:
+        return _gathered(x, w1, w2, adapter, experts, gates)
+    w1, w2 = w1.to(x.dtype), w2.to(x.dtype)
+    adapter = Adapter(*(None if part is None else part.to(x.dtype) for part in adapter))
     if backend == "reference":
         return _loop_over_experts(x, w1, w2, adapter, experts, gates)
     if w1.shape[0] == 1:
-        return gates * _dense(x, w1[0], w2[0], adapter)
+        return gates * _dense(x, w1[0], w2[0], _of_expert(adapter, 0))
     return _sorted_by_expert(x, w1, w2, adapter, experts, gates)
 
 
 def _dense(x: Tensor, w1: Tensor, w2: Tensor, adapter: Adapter) -> Tensor:
-    """One expert on all of x: [N, D] with w1 [F, D], w2 [D, F] and an adapter of one expert."""
+    """One expert on all of x: [N, D] with w1 [F, D], w2 [D, F] and an adapter's parts without their first dimension;
+    or many experts at once, each on its own rows, where all of them have one more dimension in front."""
     if adapter.scale is not None and adapter.bias is not None:
-        x = x * adapter.scale[0] + adapter.bias[0]
-    hidden = F.linear(x, w1)
+        x = x * adapter.scale.unsqueeze(-2) + adapter.bias.unsqueeze(-2)
+    hidden = x @ w1.mT
     if adapter.in_down is not None and adapter.in_up is not None:
-        hidden = hidden + F.linear(F.linear(x, adapter.in_down[0]), adapter.in_up[0])
+        hidden = hidden + x @ adapter.in_down.mT @ adapter.in_up.mT
     hidden = F.relu(hidden).square()
-    y = F.linear(hidden, w2)
+    y = hidden @ w2.mT
     if adapter.out_down is not None and adapter.out_up is not None:
-        y = y + F.linear(F.linear(hidden, adapter.out_down[0]), adapter.out_up[0])
+        y = y + hidden @ adapter.out_down.mT @ adapter.out_up.mT
     return y
+
+
+def _of_expert(adapter: Adapter, expert: int) -> Adapter:
+    return Adapter(*(None if part is None else part[expert] for part in adapter))
 
 
 def _loop_over_experts(x: Tensor, w1: Tensor, w2: Tensor, adapter: Adapter, experts: Tensor, gates: Tensor) -> Tensor:
@@ -62,9 +77,18 @@ def _loop_over_experts(x: Tensor, w1: Tensor, w2: Tensor, adapter: Adapter, expe
     y = torch.zeros_like(x)
     for e in range(w1.shape[0]):
         gate = torch.where(experts == e, gates, 0.0).sum(dim=1, keepdim=True)
-        own = Adapter(*(None if part is None else part[e : e + 1] for part in adapter))
-        y = y + gate * _dense(x, w1[e], w2[e], own)
+        y = y + gate * _dense(x, w1[e], w2[e], _of_expert(adapter, e))
     return y
+
+
+def _gathered(x: Tensor, w1: Tensor, w2: Tensor, adapter: Adapter, experts: Tensor, gates: Tensor) -> Tensor:
+    """A copy of its expert's matrices for each pick: the least work for a few tokens, and no wait for the device."""
+    picked = experts.flatten()
+    rows = x[:, None].expand(-1, experts.shape[1], -1).reshape(len(picked), 1, -1)
+    w1, w2 = (w.index_select(0, picked).to(x.dtype) for w in (w1, w2))
+    own = Adapter(*(None if part is None else part.index_select(0, picked).to(x.dtype) for part in adapter))
+    y = _dense(rows, w1, w2, own)
+    return (y.view(*experts.shape, -1) * gates[..., None]).sum(dim=1)
 
 
 def _sorted_by_expert(x: Tensor, w1: Tensor, w2: Tensor, adapter: Adapter, experts: Tensor, gates: Tensor) -> Tensor:

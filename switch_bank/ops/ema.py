@@ -11,9 +11,15 @@ def document_scan_reference(x: Tensor, decay: float, document: Tensor) -> Tensor
     carry, sums = torch.zeros_like(x[:, 0]), []
     for t in range(x.shape[1]):
         goes_on = document[:, t] == document[:, t - 1] if t else torch.zeros_like(document[:, 0], dtype=torch.bool)
-        carry = x[:, t] + decay * carry * goes_on[:, None]
+        carry = scan_step(x[:, t], decay, carry, goes_on)
         sums.append(carry)
     return torch.stack(sums, dim=1)
+
+
+def scan_step(x: Tensor, decay: float, carry: Tensor, goes_on: Tensor) -> Tensor:
+    """One token of `document_scan`: x [..., D] after the sum `carry` [..., D], where goes_on [...] bool says that the
+    token is not the first one of its document."""
+    return x + torch.where(goes_on[..., None], decay * carry, 0.0)
 
 
 def document_scan(x: Tensor, decay: float, document: Tensor) -> Tensor:

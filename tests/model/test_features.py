@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from switch_bank.config import ModelConfig
 from switch_bank.model.features import (
     Documents,
+    EmaSums,
     documents_of,
     ema_features,
     forward_ema,
@@ -91,7 +92,7 @@ def assert_near(got: Tensor, wanted: Tensor, tolerance: float) -> None:
 @given(slices)
 def test_documents_and_positions_are_counted_from_each_start(slice_: tuple[int, list[int]]) -> None:
     tokens = tokens_of(slice_)
-    document, position, _ = documents_of(tokens, CONFIG)
+    document, position, *_ = documents_of(tokens, CONFIG)
     assert document.dtype == position.dtype == torch.int64
     for index, (start, end) in enumerate(spans(tokens[0])):
         assert position[0, start:end].tolist() == list(range(end - start))
@@ -101,7 +102,7 @@ def test_documents_and_positions_are_counted_from_each_start(slice_: tuple[int, 
 @pytest.mark.parametrize("first", [WORD, EOD])
 def test_the_first_token_of_a_slice_starts_a_document(first: int) -> None:
     tokens = torch.tensor([[first, WORD, WORD, EOD, WORD], [WORD, WORD, EOD, EOD, WORD]])
-    document, position, _ = documents_of(tokens, CONFIG)
+    document, position, *_ = documents_of(tokens, CONFIG)
     assert position.tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 0, 1]]
     assert (document - document[:, :1]).tolist() == [[0, 0, 0, 1, 1], [0, 0, 1, 2, 2]]
 
@@ -157,7 +158,7 @@ def test_the_forward_ema_equals_its_recurrence(
 ) -> None:
     tokens = tokens_of(slice_)
     n = hidden(tokens, dtype)
-    got = forward_ema(n, documents_of(tokens, CONFIG).document, decay)
+    got = forward_ema(n, documents_of(tokens, CONFIG), decay)
     assert got.dtype == dtype
     assert_near(got, forward_by_hand(n.double(), tokens, decay), tolerance)
 
@@ -192,12 +193,12 @@ def test_emas_of_half_precision_are_summed_in_float32() -> None:
     documents = documents_of(tokens, CONFIG)
     n = hidden(tokens, torch.bfloat16)
     for ema in (
-        forward_ema(n, documents.document, 0.85),
+        forward_ema(n, documents, 0.85),
         reverse_ema(n, documents, 0.85, 384, True),
         leaky_reverse_ema(n, documents, 0.85, 384),
     ):
         assert ema.dtype == torch.float32
-    assert torch.equal(forward_ema(n, documents.document, 0.85), forward_ema(n.float(), documents.document, 0.85))
+    assert torch.equal(forward_ema(n, documents, 0.85), forward_ema(n.float(), documents, 0.85))
 
 
 def test_the_normalised_reverse_ema_of_a_constant_is_that_constant() -> None:
@@ -222,7 +223,7 @@ def reads(function_of_n: Tensor, n: Tensor, t: int) -> Tensor:
 
 def causal_features(n: Tensor, documents: Documents) -> list[Tensor]:
     return [
-        forward_ema(n, documents.document, 0.85),
+        forward_ema(n, documents, 0.85),
         reverse_ema(n, documents, 0.85, 30, True),
         reverse_ema(n, documents, 0.85, 30, False),
     ]
@@ -254,6 +255,30 @@ def test_the_leaky_reverse_ema_reads_tokens_to_come_of_its_own_document_only() -
     assert torch.equal(read, (index >= 10) & (index < 35))
 
 
+@pytest.mark.parametrize("normalized", [True, False])
+@settings(max_examples=15)
+@given(slice_=slices, decay=decays, window=st.integers(1, 200))
+def test_token_by_token_documents_and_features_are_those_of_the_slice(
+    normalized: bool, slice_: tuple[int, list[int]], decay: float, window: int
+) -> None:
+    config = ModelConfig(
+        vocab_size=10, eod_token=EOD, forward_ema=True, forward_decay=decay, reverse_decay=decay, reverse_window=window,
+        reverse_normalized=normalized,
+    )  # fmt: skip
+    tokens = tokens_of(slice_)
+    n, whole = hidden(tokens), documents_of(tokens, config)
+    features = ema_features(n, whole, config)
+    none = torch.zeros(1, 1, dtype=torch.int64)
+    documents, past = Documents(none, none - 1, none.bool(), None), EmaSums(*torch.zeros(2, 1, 1, 3).double())
+    for t in range(tokens.shape[1]):
+        documents = documents_of(tokens[:, t : t + 1], config, documents)
+        assert documents.flags is not None and whole.flags is not None
+        assert torch.equal(documents.position[:, 0], whole.position[:, t])
+        assert torch.equal(documents.flags[:, 0], whole.flags[:, t])
+        for stepped, feature in zip(ema_features(n[:, t : t + 1], documents, config, past), features, strict=True):
+            assert_near(stepped[:, 0], feature[:, t], 1e-12)
+
+
 def test_features_come_in_the_order_the_router_reads_them() -> None:
     tokens = tokens_of((5, [40]))
     documents, n = documents_of(tokens, CONFIG), hidden(tokens)
@@ -261,9 +286,9 @@ def test_features_come_in_the_order_the_router_reads_them() -> None:
     def features(**options: object) -> list[Tensor]:
         return ema_features(n, documents, ModelConfig(reverse_window=7, **options))  # type: ignore[arg-type]
 
-    forward = forward_ema(n, documents.document, 0.85)
+    forward = forward_ema(n, documents, 0.85)
     assert features(reverse_ema="off") == []
-    assert torch.equal(features(forward_ema=True, forward_decay=0.5)[0], forward_ema(n, documents.document, 0.5))
+    assert torch.equal(features(forward_ema=True, forward_decay=0.5)[0], forward_ema(n, documents, 0.5))
     both = features(forward_ema=True, reverse_decay=0.6)
     assert len(both) == 2
     assert torch.equal(both[0], forward)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from switch_bank.ops.bank import ALIGN, Adapter, _opaque_grouped_mm, choose_backend, expert_ffn, plan_rows
+from switch_bank.ops.bank import ALIGN, FEW, Adapter, _opaque_grouped_mm, choose_backend, expert_ffn, plan_rows
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 RANK = 8
@@ -114,6 +114,15 @@ def test_grouped_gives_the_values_and_gradients_of_the_formula(shape: dict, adap
     assert_equal(problem.solve("grouped"), problem.solve_by_definition(), 3e-5)
 
 
+@pytest.mark.parametrize("adapter", ["none", "scale_bias", "lora"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("shape", [{"tokens": 1}, {"tokens": 1, "top_k": 3}, {"tokens": FEW, "top_k": 2}], ids=str)
+def test_gathered_gives_the_values_and_gradients_of_the_formula(shape: dict, dtype: torch.dtype, adapter: str) -> None:
+    problem = Problem(**shape, adapter=adapter, dtype=dtype)
+    tolerance = 1e-12 if dtype == torch.float64 else 3e-5
+    assert_equal(problem.solve("gathered"), problem.solve_by_definition(), tolerance)
+
+
 @given(
     tokens=st.integers(1, 3 * ALIGN + 1), experts=st.integers(1, 12), top_k=st.integers(1, 3),
     adapter=st.sampled_from(["none", "scale_bias", "lora"]), used=st.integers(1, 12),
@@ -211,7 +220,7 @@ def test_x_may_be_a_view_that_is_not_contiguous(backend: str) -> None:
         problem.x = view.detach()
 
 
-@pytest.mark.parametrize("backend", ["reference", "grouped"])
+@pytest.mark.parametrize("backend", ["reference", "grouped", "gathered"])
 @pytest.mark.parametrize("adapter", ["none", "scale_bias", "lora"])
 def test_a_gate_of_zero_gives_its_expert_and_its_token_exactly_nothing(backend: str, adapter: str) -> None:
     problem = Problem(top_k=2, adapter=adapter, dtype=torch.float32)
@@ -248,10 +257,11 @@ def test_the_order_of_the_tokens_changes_only_the_order_of_the_results() -> None
     torch.testing.assert_close(shuffled, y[order], rtol=0, atol=1e-5)
 
 
-def test_auto_is_grouped_where_grouped_works() -> None:
-    assert choose_backend("auto", torch.float32) == choose_backend("auto", torch.bfloat16) == "grouped"
-    assert choose_backend("auto", torch.float64) == "reference"
-    assert choose_backend("reference", torch.float32) == "reference"
+def test_auto_gathers_for_a_few_tokens_and_else_is_grouped_where_grouped_works() -> None:
+    assert choose_backend("auto", torch.float32, 128) == choose_backend("auto", torch.bfloat16, FEW + 1) == "grouped"
+    assert choose_backend("auto", torch.float64, 128) == "reference"
+    assert choose_backend("auto", torch.float64, 1) == choose_backend("auto", torch.bfloat16, FEW) == "gathered"
+    assert choose_backend("reference", torch.float32, 1) == "reference"
 
 
 def test_grouped_products_are_correct_operators_of_torch() -> None:

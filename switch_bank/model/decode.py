@@ -1,0 +1,60 @@
+"""Decoding: a model fed one token at a time, from a state whose size is bounded by the attention window."""
+
+import torch
+from torch import Tensor
+
+from switch_bank.config import compute_dtype
+from switch_bank.model.attention import Ring
+from switch_bank.model.features import Documents, EmaSums
+from switch_bank.model.gpt import Past, SwitchBankGPT
+from switch_bank.schedules import StepState
+
+
+class Decoder:
+    """Reads independent streams of tokens in step, one token of each at a time.
+
+    The logits are those of the full forward over each stream as one slice: an end-of-document token starts a document
+    that sees nothing before it, and so does a stream's first token. A token costs the same wherever it stands, and
+    nothing waits for the device. Only the leaky reverse EMA has no such decoder: it is given the tokens read so far.
+    """
+
+    def __init__(self, model: SwitchBankGPT, state: StepState, streams: int = 1) -> None:
+        """state: of the step whose schedule values the model works with (`schedules.step_state`)."""
+        self.model, self.state = model.uncompiled(), state
+        self.past = nothing_read(model, int(state.window), streams)
+
+    @torch.inference_mode()
+    def read(self, tokens: Tensor) -> Tensor:
+        """tokens: [streams] int64, the next one of each. Returns the logits of the one after it, [streams, padded
+        vocabulary] in the model's dtype."""
+        hidden, _, _ = self.model.trunk(tokens[:, None], self.state, past=self.past)
+        return self.model.logits(hidden[:, 0])
+
+
+def nothing_read(model: SwitchBankGPT, window: int, streams: int) -> Past:
+    """The state before the first token. window: tokens that a long attention window spans."""
+    config, device = model.config, model.head.device
+    dtype = compute_dtype(config.dtype, device)
+    windows, token_index = (window, window // 2), torch.tensor(-1, device=device)
+
+    def ring(layer: int) -> Ring:
+        keys = torch.zeros(
+            streams, windows[0 if layer % 4 == 3 else 1], config.heads, config.head_dim, dtype=dtype, device=device
+        )
+        return Ring(keys, torch.zeros_like(keys), token_index)
+
+    none = torch.zeros(streams, 1, dtype=torch.int64, device=device)
+    sums = torch.zeros(streams, 1, config.width, dtype=torch.promote_types(dtype, torch.float32), device=device)
+    return Past(
+        windows=windows,
+        token_index=token_index,
+        documents=Documents(document=none, position=none - 1, is_eod=none.bool(), flags=None),
+        rings={layer: ring(layer) for layer in range(config.layers) if layer not in config.skip_attention},
+        sums=[EmaSums(sums.clone(), sums.clone()) for _ in range(0, config.layers, config.ema_stride)],
+    )
+
+
+def decode_logits(model: SwitchBankGPT, tokens: Tensor, state: StepState) -> Tensor:
+    """The logits of tokens [B, T] int64 as a decoder gives them, fed one by one: [B, T, padded vocabulary]."""
+    decoder = Decoder(model, state, len(tokens))
+    return torch.stack([decoder.read(column) for column in tokens.unbind(1)], dim=1)
