@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from itertools import accumulate
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -55,7 +55,7 @@ def write_shard(path: str | Path, tokens: np.ndarray) -> None:
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[BinaryIO]:
+def _opened(path: str | Path) -> Iterator[BufferedReader]:
     """The file at `path`, to be read; an error of the system while it is open becomes a DataError."""
     try:
         if not os.path.isfile(path):  # a pipe would be waited for
@@ -68,13 +68,13 @@ def _opened(path: str | Path) -> Iterator[BinaryIO]:
         ) from error
 
 
-def _read_tokens(file: BinaryIO, out: np.ndarray) -> None:
+def _read_tokens(file: BufferedReader, out: np.ndarray) -> None:
     """Fills `out` (uint16) with the file's next tokens."""
     if file.readinto(out.data) < out.nbytes:
         raise DataError(f"{file.name} was cut short while it was read; fetch or make the file again")
 
 
-def _state(file: BinaryIO) -> tuple[int, int]:
+def _state(file: BufferedReader) -> tuple[int, int]:
     """Size in bytes and time of the last change in nanoseconds: a change of the file shows here."""
     status = os.fstat(file.fileno())
     return status.st_size, status.st_mtime_ns
