@@ -59,6 +59,8 @@ def main(config: Config, world: World) -> None:
     saved: dict[str, Any] | None = checkpoint.load(folder / "checkpoint.pt") if resumes else None
     if saved is not None:
         config = resumed(config, from_dict(saved["config"]))
+        if not 0 <= saved["step"] <= config.schedule.steps:
+            raise checkpoint.CheckpointError(f"{folder / 'checkpoint.pt'} is of no step of the run: start a new run")
     elif run.steps is not None:
         config = config.with_steps(run.steps)
     length_is_fixed = run.seconds is None or saved is not None
@@ -195,10 +197,15 @@ def main(config: Config, world: World) -> None:
             timer.stop()
             times.append(timer.seconds)
         steps = int(distributed.from_first(max(1, run.seconds // statistics.median(times[len(times) // 2 :])), world))
-        config, states = config.with_steps(steps), schedules.step_states(config.with_steps(steps), device)
+        config = config.with_steps(steps).check(world.size)
+        states = schedules.step_states(config, device)
         log.line(f"--run.seconds {run.seconds:g}: {steps} steps, fixed now from the median step time of the warm-up")
         if not data.repeat:
             stream.check_length(steps)
+    if saved is not None:  # now the optimizers have all the state that they will have
+        own = run_state(0)
+        for part in ("model", "muon", "adam", "clip", "picks"):
+            checkpoint.require_like(saved[part], own[part], part)
     load_state(fresh)
     steps = config.schedule.steps
 
@@ -352,7 +359,7 @@ def largest_divisor(number: int, limit: int) -> int:
 
 if __name__ == "__main__":
     try:
-        arguments = parse(sys.argv[1:], default_preset="record" if torch.cuda.is_available() else "nano")
+        arguments = parse(sys.argv[1:], default_preset="record" if torch.cuda.is_available() else "nano").check()
         world = distributed.start(arguments.run.timeout_seconds)
         with distributed.naming_silent_peers(world):
             main(arguments, world)

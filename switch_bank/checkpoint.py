@@ -3,7 +3,10 @@
 import hashlib
 import io
 import os
-import pickle
+import pickletools
+import re
+import warnings
+import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -11,6 +14,11 @@ from typing import Any, BinaryIO
 import torch
 
 MAGIC = b"switchbank checkpoint 1\n"
+TENSORS_NEED = re.compile(r"torch \w+Storage|torch\._utils _rebuild_tensor_v2|collections OrderedDict")
+PARTS = {
+    "config": dict, "step": int, "seconds": float, "log_sizes": dict, "model": dict, "muon": dict, "adam": dict,
+    "clip": dict, "picks": torch.Tensor, "readings": list, "times_resumed": int,
+}  # fmt: skip
 
 
 class CheckpointError(RuntimeError):
@@ -76,25 +84,82 @@ class Writer:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The state saved at `path`, on the CPU. Raises CheckpointError if it is missing, damaged or of another kind.
-    Nothing in the file can run code: torch loads it with `weights_only`."""
+    """The state that `save` wrote to `path`, on the CPU: a dict with all PARTS. The file may come from a stranger.
+
+    Raises CheckpointError, with the reason and what to do, if it is missing, unreadable, damaged or of another kind.
+    """
     previous = path.with_name(path.name + ".previous")
     if previous.exists():
         advice = f"the one before it is {previous}; rename it to {path.name} to resume there"
     else:
         advice = "start a new run, without --run.resume"
-    if not path.exists():
+    if not os.path.lexists(path):
         raise CheckpointError(f"there is no checkpoint {path}: {advice}")
-    content = path.read_bytes()
-    header = len(MAGIC) + 65
-    if not content.startswith(MAGIC):
-        raise CheckpointError(f"{path} is not a SwitchBank checkpoint: {advice}")
-    if hashlib.sha256(content[header:]).hexdigest().encode() != content[len(MAGIC) : header - 1]:
-        raise CheckpointError(f"{path} is damaged, its checksum does not agree: {advice}")
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise CheckpointError(f"{path} is no file: {advice}")
     try:
-        return torch.load(io.BytesIO(content[header:]), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} holds more than tensors and plain values, and is not read: {advice}") from error
+        with open(path, "rb") as file:
+            if file.read(len(MAGIC)) != MAGIC:
+                raise CheckpointError(f"{path} is not a SwitchBank checkpoint: {advice}")
+            stated, sha256 = file.read(65), hashlib.sha256()
+            while piece := file.read(1 << 20):
+                sha256.update(piece)
+            if sha256.hexdigest().encode() + b"\n" != stated:
+                raise CheckpointError(f"{path} is damaged, its checksum does not agree: {advice}")
+            file.seek(len(MAGIC) + 65)
+            payload = file.read()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read, {error.strerror}: {advice}") from error
+    try:
+        state = _unpack(payload)
+    except Exception as error:  # forged bytes make torch raise anything
+        raise CheckpointError(f"{path} holds other things than tensors and plain values: {advice}") from error
+    for part, kind in PARTS.items():
+        if not isinstance(state, dict) or not isinstance(state.get(part), kind):
+            raise CheckpointError(f"{path} is not the state of a run, it lacks {part!r}: {advice}")
+    if not all(isinstance(at, int | float) for at in state["readings"]):
+        raise CheckpointError(f"{path} is not the state of a run, its 'readings' are no numbers: {advice}")
+    return state
+
+
+def _unpack(payload: bytes) -> Any:
+    """What torch.save packed. Calls nothing that `payload` names: torch reads it with `weights_only`. Nor does it fill
+    the memory or take for ever: what unpacks to more than it was, or names more than tensors need, raises ValueError
+    (torch's own list holds, for one, text codecs of quadratic time)."""
+    with zipfile.ZipFile(io.BytesIO(payload)) as archive:
+        if sum(entry.file_size for entry in archive.infolist()) > len(payload):
+            raise ValueError("packed entries")
+        for entry in archive.infolist():
+            if entry.filename.endswith(".pkl"):
+                for operation, name, _ in pickletools.genops(archive.read(entry)):
+                    if operation.name == "GLOBAL" and not TENSORS_NEED.fullmatch(str(name)):
+                        raise ValueError(f"a pickle that names {name}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a refusal is one line
+        return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+
+
+def require_like(saved: Any, own: Any, part: str) -> None:
+    """Raises CheckpointError, and names the part, where `saved` is not built like `own`: nested dicts, lists and tuples
+    with the same names, lengths and types, and tensors of the same shapes and dtypes. Only floats may be others."""
+    if part.endswith(".state") and saved == {}:
+        return  # an optimizer that has taken no step yet
+    if isinstance(own, torch.Tensor):
+        alike = isinstance(saved, torch.Tensor) and saved.device.type == "cpu" and saved.layout == own.layout
+        alike = alike and (saved.shape, saved.dtype) == (own.shape, own.dtype)
+    elif isinstance(own, dict):
+        alike = isinstance(saved, dict) and saved.keys() == own.keys()
+        inner = list(own)
+    elif isinstance(own, list | tuple):
+        alike = type(saved) is type(own) and len(saved) == len(own)
+        inner = list(range(len(own)))
+    else:
+        alike = type(saved) is type(own) and (isinstance(own, float) or saved == own)
+    if not alike:
+        raise CheckpointError(f"the checkpoint does not fit this run, its {part} is another: start a new run")
+    if isinstance(own, dict | list | tuple):
+        for name in inner:
+            require_like(saved[name], own[name], f"{part}.{name}")
 
 
 def copy_to_host(state: Any) -> Any:

@@ -17,6 +17,7 @@ import torch
 from switch_bank.config import Config, ConfigError, RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
+FILES = ("log.txt", "metrics.jsonl")  # a checkpoint says how long they were
 
 
 def choose_folder(run: RunConfig, name: str, restarted: bool = False) -> Path:
@@ -71,20 +72,23 @@ class RunLog:
         """Bytes written so far to each file: where a resumed run cuts them back to."""
         if not self.is_first:
             return {}
-        return {"log.txt": self.text.tell(), "metrics.jsonl": self.records.tell()}
+        return dict(zip(FILES, (self.text.tell(), self.records.tell()), strict=True))
 
 
-def cut_back(folder: Path, sizes: dict[str, int]) -> None:
+def cut_back(folder: Path, sizes: dict[str, Any]) -> None:
     """Truncates the folder's files to the sizes of a checkpoint, so that log and metrics are one record.
 
     Raises ConfigError, and changes nothing, if a file is shorter than it was then.
     """
-    for name, size in sizes.items():
-        found = os.path.getsize(folder / name)
+    for name in FILES:
+        path, size = folder / name, sizes.get(name)
+        if type(size) is not int or size < 0:
+            raise ConfigError(f"the checkpoint does not say how long {path} was: start a new run")
+        found = os.path.getsize(path) if path.is_file() else 0
         if found < size:
-            raise ConfigError(f"{folder / name} has {found} bytes and had {size} at the checkpoint: it is not whole")
-    for name, size in sizes.items():
-        os.truncate(folder / name, size)
+            raise ConfigError(f"{path} has {found} bytes and had {size} at the checkpoint: it is not whole")
+    for name in FILES:
+        os.truncate(folder / name, sizes[name])
 
 
 def write_config(folder: Path, config: Config) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from switch_bank.checkpoint import MAGIC, CheckpointError, copy_to_host, load, save
+from switch_bank.checkpoint import MAGIC, CheckpointError, copy_to_host, load, require_like, save
 
 
 def state_of(step: int = 7) -> dict[str, Any]:
@@ -21,7 +22,8 @@ def state_of(step: int = 7) -> dict[str, Any]:
     weights[0, :4] = torch.tensor([float("nan"), float("inf"), -0.0, 1e-45])
     return {
         "step": step, "seconds": 0.1 + 0.2, "name": "nano äöü", "nothing": None, "flag": True,
-        "readings": [60.0, 120.0],
+        "readings": [60.0, 120.0], "times_resumed": 2, "log_sizes": {"log.txt": 5}, "clip": {"norms": weights[1]},
+        "picks": weights, "muon": {"state": {}}, "adam": {"groups": [{"lr": 0.1}]},
         "model": {"weights": weights, "half": weights.bfloat16(), "pruned": weights[0] > 0, "scalar": torch.tensor(3)},
         "optimizer": {"state": {0: {"momentum": weights.T}}, "groups": [{"lr": 0.1, "betas": (0.8, 0.95)}]},
         "config": {"activation": [[0, 0.125], [75, 1.0]]},
@@ -58,10 +60,10 @@ def test_an_optimizers_state_comes_back_and_takes_the_same_step(path: Path) -> N
     adam = torch.optim.AdamW(parameters, lr=0.1, fused=True)
     parameters[0].grad = torch.randn(4, 3)
     adam.step()
-    save(path, {"weights": parameters[0].detach(), "adam": adam.state_dict()})
+    save(path, state_of() | {"model": {"weights": parameters[0].detach()}, "adam": adam.state_dict()})
     adam.step()
     saved = load(path)
-    again = [torch.nn.Parameter(saved["weights"])]
+    again = [torch.nn.Parameter(saved["model"]["weights"])]
     resumed = torch.optim.AdamW(again, lr=9.0, fused=True)
     resumed.load_state_dict(saved["adam"])
     again[0].grad = parameters[0].grad
@@ -149,6 +151,72 @@ def test_the_one_before_is_offered_where_the_last_one_cannot_be_used(path: Path)
     assert load(path)["step"] == 0
 
 
+def folder(path: Path) -> None:
+    path.mkdir()
+
+
+def link_to_nowhere(path: Path) -> None:
+    path.symlink_to("nothing")
+
+
+def file_that_gives_errors(path: Path) -> None:
+    path.symlink_to("/proc/self/mem")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (folder, "is no file"),
+        (os.mkfifo, "is no file"),
+        (link_to_nowhere, "is no file"),
+        (file_that_gives_errors, "cannot be read, Input/output error"),
+    ],
+)
+def test_what_is_no_file_that_can_be_read_is_refused(path: Path, make: Callable[[Path], None], message: str) -> None:
+    make(path)
+    with pytest.raises(CheckpointError, match=rf"checkpoint\.pt {message}: start a new run, without --run\.resume"):
+        load(path)
+
+
+def paths_in(state: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The keys that lead to each value inside nested dicts, lists and tuples."""
+    if isinstance(state, dict | list | tuple):
+        for key in state if isinstance(state, dict) else range(len(state)):
+            yield (*path, key)
+            yield from paths_in(state[key], (*path, key))
+
+
+def changed(state: Any, path: tuple[Any, ...], value: Any) -> Any:
+    """A copy of the state with another value at `path`."""
+    if not path:
+        return value
+    if isinstance(state, dict):
+        return state | {path[0]: changed(state[path[0]], path[1:], value)}
+    return type(state)(changed(item, path[1:], value) if at == path[0] else item for at, item in enumerate(state))
+
+
+def test_a_state_that_is_not_built_like_the_run_s_own_is_refused_by_the_part_that_differs() -> None:
+    own = state_of()
+    require_like(state_of(8) | {"step": own["step"]}, own, "run")  # other numbers in the same places
+    others = [
+        False, "text", -9, [], (), {"weights": 1}, [[0, 0.125]], torch.zeros(3, 41), torch.zeros(3, 40).double(),
+        torch.zeros(3, 40, device="meta"), torch.zeros(3, 40).to_sparse(),
+    ]  # fmt: skip
+    for path in paths_in(own):
+        for other in others:
+            with pytest.raises(CheckpointError) as error:
+                require_like(changed(own, path, other), own, "run")
+            name = ".".join(map(str, ("run", *path)))
+            assert f"its {name} is another" in str(error.value) or f"its {name}." in str(error.value)
+
+
+def test_an_optimizer_that_has_taken_no_step_fits_one_that_has() -> None:
+    own = {"state": {0: {"momentum": torch.ones(2)}}, "groups": [{"lr": 0.1}]}
+    require_like(own | {"state": {}}, own, "adam")
+    with pytest.raises(CheckpointError, match=r"its adam\.groups is another"):
+        require_like(own | {"groups": []}, own, "adam")
+
+
 class Code:
     """Would make a folder when unpickled."""
 
@@ -164,7 +232,7 @@ def test_code_in_a_file_does_not_run(path: Path) -> None:
     torch.save({"step": 1, "more": Code(trace)}, buffer)
     payload = buffer.getvalue()
     path.write_bytes(MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
-    with pytest.raises(CheckpointError, match="holds more than tensors and plain values"):
+    with pytest.raises(CheckpointError, match="holds other things than tensors and plain values"):
         load(path)
     assert not trace.exists()
     torch.load(io.BytesIO(payload), weights_only=False)  # the file is a trap indeed
