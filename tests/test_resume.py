@@ -126,7 +126,7 @@ def test_a_process_that_dies_is_started_again_and_the_run_ends_as_if_nothing_had
     with running(options, out, until="step:25/", processes=2, restarts=1) as run:
         os.kill(process_of_rank(run, 1), signal.SIGKILL)
         errors = run.communicate()[1]
-    assert run.returncode == 0
+    assert run.returncode == 0, errors
     assert "error: no answer from rank 1" in errors
     assert "resumed 1 times" in (out / "log.txt").read_text().splitlines()[-1]
     assert_same_up_to_rounding(out, finished)
@@ -136,8 +136,8 @@ def test_a_process_that_dies_before_the_first_checkpoint_makes_the_run_begin_ane
     options, out = [*tiny(shards), *FIFTY], tmp_path / "restarted"
     with running(options, out, until="step:5/", processes=2, restarts=1) as run:
         os.kill(process_of_rank(run, 0), signal.SIGKILL)
-        run.communicate()
-    assert run.returncode == 0
+        errors = run.communicate()[1]
+    assert run.returncode == 0, errors
     assert "resumed 0 times" in (out / "log.txt").read_text().splitlines()[-1]
     assert_same_up_to_rounding(out, finished)
 
