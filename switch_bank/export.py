@@ -6,7 +6,6 @@ python -m switch_bank export RUN DIR [--push REPO]
 import argparse
 import glob
 import json
-import re
 import shlex
 import sys
 import tempfile
@@ -19,9 +18,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from switch_bank import checkpoint
+from switch_bank.checkpoint import CheckpointError
 from switch_bank.config import Config, ConfigError, from_dict
 from switch_bank.model.folder import WEIGHTS, ModelFolderError, read_folder, write_folder
 from switch_bank.model.gpt import SwitchBankGPT
+from switch_bank.read_log import Log, LogError
 
 GPT2 = "openai-community/gpt2"  # on the Hugging Face hub
 CONNECT_SECONDS = 10.0
@@ -103,8 +104,8 @@ def export(run: Path, out: Path) -> None:
     """Writes model.safetensors, config.json, tokenizer.json and README.md of the run in `run` into a new folder `out`,
     all or nothing.
 
-    Raises as `load_model` and `find_tokenizer` do, and ModelFolderError where `out` is taken or the run's log or
-    metrics cannot be read.
+    Raises as `load_model` and `find_tokenizer` do, ModelFolderError where `out` is taken or the metrics are damaged,
+    LogError for a log that is missing or damaged, and OSError.
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ModelFolderError(f"{out} exists already: choose another folder, or delete it")
@@ -140,11 +141,8 @@ def push(folder: Path, repository: str) -> str:
 def model_card(run: Path, config: Config, model: SwitchBankGPT, step: int) -> str:
     """README.md: what the model is after `step` steps, in numbers from the run's own files alone."""
     options, data = config.model, config.data
-    log = _read(run / "log.txt").partition("\n===== run\n")[2]
-    if not log:
-        raise ModelFolderError(f"{run / 'log.txt'} is not the log of a run: the model card is made from it")
-    data_lines = re.findall(r"^data (.+) tokens (\d+) sha256 ([0-9a-f]{64})$", log, re.MULTILINE)
-    rows = [f"| {Path(path).name} | {int(tokens):,} | `{sha256}` |" for path, tokens, sha256 in data_lines]
+    log = Log.read(run / "log.txt")
+    rows = [f"| {Path(path).name} | {tokens:,} | `{sha256}` |" for path, tokens, sha256 in log.data()]
     files = "\n".join(dict.fromkeys(rows))  # a resumed run names its data again
     step_tokens = data.slices_per_step * data.slice_tokens
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -182,6 +180,7 @@ With the SwitchBank package, in this folder:
 import torch
 from tokenizers import Tokenizer
 from switch_bank.model.gpt import SwitchBankGPT
+from switch_bank.read_log import Log, LogError
 
 model = SwitchBankGPT.from_folder(".")
 tokenizer = Tokenizer.from_file("tokenizer.json")
@@ -191,9 +190,9 @@ logits = model.predict(tokens)  # [1, T, {options.vocab_size}]: of each next tok
 """
 
 
-def _verdict(log: str, config: Config) -> str:
+def _verdict(log: Log, config: Config) -> str:
     """The last word is NOT CAUSAL if any check of the run said so."""
-    lines = [line for line in log.splitlines() if line.startswith(("causal: ", NOT_CAUSAL, "result: "))]
+    lines = [line for line in log.lines if line.startswith(("causal: ", NOT_CAUSAL, "result: "))]
     if not config.model.causal or any(NOT_CAUSAL in line for line in lines):
         return NOT_CAUSAL
     return "yes" if any("causal: yes" in line for line in lines) else "not said in its log"
@@ -201,8 +200,8 @@ def _verdict(log: str, config: Config) -> str:
 
 def _validation(run: Path, step: int) -> str:
     """The run's reading of the weights after `step`."""
-    reading = "not measured at this step"
-    for number, line in enumerate(_read(run / "metrics.jsonl").splitlines(), start=1):
+    path, reading = run / "metrics.jsonl", "not measured at this step"
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         try:
             record = json.loads(line)
             if record["kind"] == "val" and record["step"] == step:
@@ -211,14 +210,8 @@ def _validation(run: Path, step: int) -> str:
                     f"after {record['train_time_s']:.1f} s of training"
                 )
         except (ValueError, KeyError, TypeError) as error:
-            raise ModelFolderError(f"{run / 'metrics.jsonl'}, line {number} is damaged: delete that line") from error
+            raise ModelFolderError(f"{path}, line {number} is damaged: delete that line") from error
     return reading
-
-
-def _read(path: Path) -> str:
-    if not path.is_file():
-        raise ModelFolderError(f"there is no {path}: the model card is made from it")
-    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def main(arguments: list[str]) -> int:
@@ -236,7 +229,7 @@ def main(arguments: list[str]) -> int:
         print(f"{given.out}: written")
         if given.push is not None:
             print(f"{given.push}: pushed, {push(given.out, given.push)}")
-    except (checkpoint.CheckpointError, ConfigError, ModelFolderError, PushError, SafetensorError, OSError) as error:
+    except (CheckpointError, ConfigError, LogError, ModelFolderError, PushError, SafetensorError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
