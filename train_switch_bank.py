@@ -83,10 +83,10 @@ def main(config: Config, world: World) -> None:
     dist.barrier()  # nobody looks at the folder after the first process has begun to write there
 
     # ---- the log: its own source first, then all that the run is made of -----------------------------------------
-    if saved is not None and world.rank == 0:
-        run_log.cut_back(folder, saved["log_sizes"])
     log = run_log.RunLog(folder, world.rank == 0, mode="a" if saved is not None else "w" if restarted else "x")
-    if saved is None:
+    if saved is not None:
+        log.cut_back(saved["log_sizes"])
+    else:
         log.line(f"{run_log.source()}\n===== run\nname: {name}", console=False)
     log.line(f"{run_log.source_checksums()}\n{run_log.environment(device, world.size)}", console=False)
     for path, tokens, sha256 in train_shards.summary() + val_shards.summary():
@@ -358,6 +358,7 @@ def largest_divisor(number: int, limit: int) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # no name of a folder ends a run
     try:
         arguments = parse(sys.argv[1:], default_preset="record" if torch.cuda.is_available() else "nano").check()
         world = distributed.start(arguments.run.timeout_seconds)

@@ -30,16 +30,12 @@ def save(path: Path, state: dict[str, Any]) -> None:
     `<name>.previous`. Raises OSError, and leaves both as they are, where the new one cannot be written."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(MAGIC + b"0" * 64 + b"\n")
-            payload = _Hashing(file)
-            torch.save(state, payload)  # type: ignore[arg-type]  # calls write and flush, no more
-            file.seek(len(MAGIC))
-            file.write(payload.sha256.hexdigest().encode())
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
+        _write(temporary, state)
+    except BaseException as error:
         temporary.unlink(missing_ok=True)  # a full disk gets its room back
+        if isinstance(error, OSError):
+            reason = f"{path} cannot be written, {error.strerror}: what was saved before it stays"
+            raise OSError(f"{reason}; mend that and go on with --run.resume") from error
         raise
     if path.exists():
         # A second name for the old file first: `path` is there at any moment.
@@ -50,15 +46,34 @@ def save(path: Path, state: dict[str, Any]) -> None:
     os.replace(temporary, path)
 
 
+def _write(path: Path, state: dict[str, Any]) -> None:
+    with open(path, "wb") as file:
+        file.write(MAGIC + b"0" * 64 + b"\n")
+        payload = _Hashing(file)
+        try:
+            torch.save(state, payload)  # type: ignore[arg-type]  # calls write and flush, no more
+        except RuntimeError as error:
+            raise payload.error or error from None
+        file.seek(len(MAGIC))
+        file.write(payload.sha256.hexdigest().encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
 class _Hashing:
-    """A binary file to write to that keeps the checksum of what was written."""
+    """A binary file to write to that keeps the checksum of what was written, and what went wrong: torch does not."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.sha256 = file, hashlib.sha256()
+        self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
         self.sha256.update(data)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self.file.flush()

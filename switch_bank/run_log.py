@@ -1,6 +1,7 @@
 """What a run leaves behind while it runs: log.txt, which begins with its own source, metrics.jsonl and config.json."""
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from importlib import metadata
+from io import FileIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,36 +34,37 @@ def choose_folder(run: RunConfig, name: str, restarted: bool = False) -> Path:
         if run.resume and not earlier:
             raise ConfigError(f"there is no run of {name} under runs/ to resume: name its folder with --run.out")
         folder = earlier[-1].parent if earlier else folder
-    if not run.resume and not restarted and (folder / "log.txt").exists():
+    if not run.resume and not restarted and os.path.exists(folder / "log.txt"):
         raise ConfigError(f"{folder} holds a run already: give --run.resume or another --run.out")
     return folder
 
 
 class RunLog:
-    """Writes on the first process and is silent on all others. Every line is in the file before the call returns."""
+    """Writes on the first process and is silent on all others. Every line is in the file before the call returns.
+
+    mode: "x" begins a new log, "a" goes on with one, "w" begins one anew. Raises ConfigError where the folder cannot be
+    written, holds a run already or is being written by another one; writing raises OSError that names the file.
+    """
 
     def __init__(self, folder: Path, is_first: bool, mode: Literal["x", "a", "w"] = "x") -> None:
         self.folder, self.is_first = folder, is_first
         self.terminal = is_first and sys.stdout.isatty()
-        if is_first:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.text = open(folder / "log.txt", mode, encoding="utf-8")  # noqa: SIM115
-            self.records = open(folder / "metrics.jsonl", mode, encoding="utf-8")  # noqa: SIM115
+        self._files = _open_alone(folder, "xb" if mode == "x" else "ab") if is_first else {}
+        if mode == "w":
+            self.cut_back(dict.fromkeys(FILES, 0))
 
     def line(self, text: str, console: bool = True) -> None:
         """A line, or several, of log.txt, and of the terminal too unless `console` is off."""
         if not self.is_first:
             return
+        _write(self._files["log.txt"], text)
         if console:
             print(("\r\033[K" if self.terminal else "") + text, flush=True)
-        self.text.write(text + "\n")
-        self.text.flush()
 
     def metrics(self, kind: str, values: dict[str, Any]) -> None:
         """One object of metrics.jsonl: `kind` is train, val or routing."""
         if self.is_first:
-            self.records.write(json.dumps({"kind": kind} | values) + "\n")
-            self.records.flush()
+            _write(self._files["metrics.jsonl"], json.dumps({"kind": kind} | values))
 
     def progress(self, text: str) -> None:
         """A line that the next one replaces; on a terminal only."""
@@ -70,29 +73,50 @@ class RunLog:
 
     def sizes(self) -> dict[str, int]:
         """Bytes written so far to each file: where a resumed run cuts them back to."""
-        if not self.is_first:
-            return {}
-        return dict(zip(FILES, (self.text.tell(), self.records.tell()), strict=True))
+        return {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
+
+    def cut_back(self, sizes: dict[str, Any]) -> None:
+        """Truncates the files to the sizes of a checkpoint, so that log and metrics are one record.
+
+        Raises ConfigError, and changes nothing, if a file is shorter than it was then.
+        """
+        for name, found in self.sizes().items():
+            size = sizes.get(name)
+            if type(size) is not int or not 0 <= size <= found:
+                was = f"{self.folder / name} has {found} bytes and had {size} at the checkpoint"
+                raise ConfigError(f"{was}: it is not whole; start a new run")
+        for name, file in self._files.items():
+            file.truncate(sizes[name])
 
 
-def cut_back(folder: Path, sizes: dict[str, Any]) -> None:
-    """Truncates the folder's files to the sizes of a checkpoint, so that log and metrics are one record.
+def _open_alone(folder: Path, mode: str) -> dict[str, FileIO]:
+    """The FILES of the folder, unbuffered, for this process alone: until it ends, however it ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        files = {name: FileIO(folder / name, mode) for name in FILES}
+        fcntl.flock(files["log.txt"], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ConfigError(f"another run is writing to {folder}: wait for its end or give another --run.out") from error
+    except OSError as error:
+        if isinstance(error, FileExistsError) and folder.is_dir():
+            raise ConfigError(f"{folder} holds a run already: give --run.resume or another --run.out") from error
+        raise ConfigError(f"{folder} cannot be written, {error.strerror}: give another --run.out") from error
+    return files
 
-    Raises ConfigError, and changes nothing, if a file is shorter than it was then.
-    """
-    for name in FILES:
-        path, size = folder / name, sizes.get(name)
-        if type(size) is not int or size < 0:
-            raise ConfigError(f"the checkpoint does not say how long {path} was: start a new run")
-        found = os.path.getsize(path) if path.is_file() else 0
-        if found < size:
-            raise ConfigError(f"{path} has {found} bytes and had {size} at the checkpoint: it is not whole")
-    for name in FILES:
-        os.truncate(folder / name, sizes[name])
+
+def _write(file: FileIO, text: str) -> None:
+    rest = memoryview(f"{text}\n".encode(errors="backslashreplace"))
+    try:
+        while rest:  # a disk that becomes full takes a part first
+            rest = rest[file.write(rest) :]
+    except OSError as error:
+        reason = f"{os.fspath(file.name)} cannot be written, {error.strerror}: what was saved before it stays"
+        raise OSError(f"{reason}; mend that and go on with --run.resume") from error
 
 
 def write_config(folder: Path, config: Config) -> None:
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n", encoding="utf-8")
+    with FileIO(folder / "config.json", "wb") as file:
+        _write(file, json.dumps(dataclasses.asdict(config), indent=1))
 
 
 def source_files() -> dict[str, str]:

@@ -4,7 +4,9 @@ import hashlib
 import json
 import math
 import os
+import resource
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -79,7 +81,7 @@ def test_all_processes_but_the_first_are_silent(tmp_path: Path, capsys: pytest.C
 
 def test_a_new_log_is_never_written_over_another_one(tmp_path: Path) -> None:
     run_log.RunLog(tmp_path, is_first=True).line("the first run")
-    with pytest.raises(FileExistsError):
+    with pytest.raises(ConfigError, match=f"^{tmp_path} holds a run already: give --run.resume or another --run.out$"):
         run_log.RunLog(tmp_path, is_first=True)
     assert (tmp_path / "log.txt").read_text() == "the first run\n"
 
@@ -96,8 +98,9 @@ def test_a_resumed_run_cuts_back_to_its_checkpoint_and_goes_on(tmp_path: Path) -
         "log.txt": 2 * len("step 0 äöü\n".encode()),
         "metrics.jsonl": 2 * len('{"kind": "train", "step": 0}\n'),
     }
-    run_log.cut_back(tmp_path, sizes)
+    del log  # its process ends
     again = run_log.RunLog(tmp_path, is_first=True, mode="a")
+    again.cut_back(sizes)
     assert again.sizes() == sizes
     for step in range(2, 4):
         again.line(f"step {step} äöü")
@@ -105,6 +108,87 @@ def test_a_resumed_run_cuts_back_to_its_checkpoint_and_goes_on(tmp_path: Path) -
     assert (tmp_path / "log.txt").read_text(encoding="utf-8").splitlines() == [f"step {step} äöü" for step in range(4)]
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {}, {"log.txt": 2}, {"log.txt": 10**9, "metrics.jsonl": 0}, {"log.txt": 2, "metrics.jsonl": 10**9},
+        {"log.txt": -1, "metrics.jsonl": 0}, {"log.txt": "2", "metrics.jsonl": 0}, {"log.txt": None, "../other.txt": 0},
+    ],
+)  # fmt: skip
+def test_a_log_that_does_not_reach_to_the_checkpoint_is_refused_and_stays_as_it_is(
+    tmp_path: Path, sizes: dict[str, Any]
+) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("of somebody else")
+    log = run_log.RunLog(tmp_path / "run", is_first=True)
+    log.line("one\ntwo")
+    log.metrics("train", {"step": 1})
+    before = log.sizes()
+    with pytest.raises(ConfigError, match=r"bytes and had .* at the checkpoint: it is not whole; start a new run"):
+        log.cut_back(sizes)
+    assert log.sizes() == before and other.read_text() == "of somebody else"
+
+
+def test_a_log_begun_anew_holds_nothing_of_the_one_before(tmp_path: Path) -> None:
+    log = run_log.RunLog(tmp_path, is_first=True)
+    log.line("a run that died before its first checkpoint")
+    log.metrics("train", {"step": 1})
+    del log
+    run_log.RunLog(tmp_path, is_first=True, mode="w").line("anew")
+    assert (tmp_path / "log.txt").read_text() == "anew\n" and (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize("mode", ["a", "w"])
+def test_a_log_that_a_run_is_writing_is_refused_and_stays_as_it_is(tmp_path: Path, mode: Literal["a", "w"]) -> None:
+    log = run_log.RunLog(tmp_path, is_first=True)
+    log.line("the first run")
+    with pytest.raises(ConfigError, match=f"^another run is writing to {tmp_path}: wait for its end or give another"):
+        run_log.RunLog(tmp_path, is_first=True, mode=mode)
+    assert (tmp_path / "log.txt").read_text() == "the first run\n"
+    del log
+    run_log.RunLog(tmp_path, is_first=True, mode="a").line("goes on")
+    assert (tmp_path / "log.txt").read_text() == "the first run\ngoes on\n"
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    for folder in (
+        tmp_path / "file",
+        tmp_path / "file" / "run",
+        tmp_path / "loop",
+        Path("/proc/1/run"),
+        Path("/sys/run"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{folder} cannot be written, .*: give another --run.out$"):
+            run_log.RunLog(folder, is_first=True)
+
+
+def test_a_full_disk_is_named_and_what_was_written_before_stays(tmp_path: Path) -> None:
+    log = run_log.RunLog(tmp_path, is_first=True)
+    log.line("before")
+    free, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
+    try:
+        message = (
+            "cannot be written, File too large: what was saved before it stays; mend that and go on with --run.resume"
+        )
+        with pytest.raises(OSError, match=f"^{tmp_path / 'log.txt'} {message}$"):
+            log.line("a line that does not fit any more")
+        with pytest.raises(OSError, match=f"^{tmp_path / 'metrics.jsonl'} {message}$"):
+            log.metrics("train", {"step": 1, "train_loss": 8.5})
+        with pytest.raises(OSError, match=f"^{tmp_path / 'config.json'} {message}$"):
+            run_log.write_config(tmp_path, presets["nano"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (free, hard))
+    assert (tmp_path / "log.txt").read_text() == "before\na line that d"
+
+
+def test_names_that_utf_8_has_no_bytes_for_are_written_as_they_are_shown(tmp_path: Path) -> None:
+    run_log.RunLog(tmp_path, is_first=True).line("folder: \udcff", console=False)
+    assert (tmp_path / "log.txt").read_text(encoding="utf-8") == "folder: \\udcff\n"
 
 
 def test_the_configuration_is_written_as_it_is(tmp_path: Path) -> None:
