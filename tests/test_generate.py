@@ -82,13 +82,13 @@ def test_the_likeliest_tokens_are_those_of_the_full_forward_over_the_document_so
 
 def test_tokens_are_drawn_with_the_models_probabilities_at_the_temperature(model: SwitchBankGPT) -> None:
     logits = model.predict(torch.tensor([[EOD, 7]]))[0, -1]
-    for temperature, top_k in ((1.0, None), (3.0, None), (3.0, 5)):
-        first = torch.tensor([[*drawn(model, [7], 1, temperature, top_k, seed), EOD][0] for seed in range(400)])
+    for temperature, top_k in ((1.0, None), (3.0, 5)):
+        first = torch.tensor([[*drawn(model, [7], 1, temperature, top_k, seed), EOD][0] for seed in range(150)])
         kept = logits.masked_fill(logits < logits.topk(top_k or VOCAB).values[-1], -torch.inf)
         share = (kept / temperature).softmax(0)
         for token in share.topk(3).indices.tolist():
             expected = float(share[token])
-            spread = (expected * (1 - expected) / 400) ** 0.5
+            spread = (expected * (1 - expected) / 150) ** 0.5
             assert abs(float((first == token).float().mean()) - expected) < 4 * spread, (temperature, top_k, token)
         assert set(first.tolist()) <= set(share.nonzero().flatten().tolist())
 
