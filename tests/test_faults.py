@@ -72,10 +72,14 @@ def test_a_disk_that_is_full_when_a_checkpoint_is_written(options: list[str], at
 
 @pytest.mark.slow
 def test_a_disk_that_is_full_when_a_line_of_the_log_is_written(options: list[str], at_40: Path, finished) -> None:
-    size = load(at_40 / "checkpoint.pt")["log_sizes"]["log.txt"]
-    result = train_with_limit([*options, "--run.resume"], at_40, size + 20_000)
+    undisturbed = at_40.with_name("undisturbed")
+    shutil.copytree(at_40, undisturbed)
+    assert train([*options, "--run.resume"], undisturbed).returncode == 0
+    until_step_46 = (undisturbed / "log.txt").read_bytes().rindex(b"step:46/50 train_loss")
+    result = train_with_limit([*options, "--run.resume"], at_40, until_step_46)
     assert result.returncode == 1
     assert_one_line(result.stderr, f"{at_40 / 'log.txt'} cannot be written, File too large")
+    assert 40 < len(losses(at_40)) < 50
     assert_goes_on_to_the_same_end(options, at_40, finished[0])
 
 
