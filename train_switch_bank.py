@@ -214,14 +214,9 @@ def main(config: Config, world: World) -> None:
 
     # ---- is it causal? on the path that validation takes, and on exact gradients ---------------------------------
     model.eval()
-    last = states[steps]
+    last = states[steps]  # the model is audited, validated at the end and used with the schedule's last values
     with audit.random_parameters(model, run.seed):
-        tolerance = audit.TOLERANCE[compute_dtype(config.model.dtype, device)]
-        shape = (data.val_slice_tokens, val_slices_together)
-        findings = [
-            *(audit.check_suffix(model, config.model, last, *shape, device, tolerance, window) for window in windows),
-            audit.check_gradients(model, last, 256),
-        ]
+        findings = audit.findings(model, last, val_slices_together, data.val_slice_tokens, list(windows))
     model.train()
     causal = audit.verdict(findings).splitlines()[0]
     log.line(f"compiled and warmed up in {time.perf_counter() - began:.1f} s\n{audit.verdict(findings)}")
@@ -335,12 +330,16 @@ def main(config: Config, world: World) -> None:
     if device.type == "cuda":
         log.line(f"peak memory: {torch.cuda.max_memory_allocated() // 2**20} MiB")
     log.line(f"graphs compiled before step 0: {graphs_before}, after it: {compiled_graphs() - graphs_before}")
+    model.eval()
+    findings = audit.findings(model, last, val_slices_together, data.val_slice_tokens, list(windows), whole=True)
+    log.line(f"the same of the trained weights:\n{audit.verdict(findings)}")
+    causal = "causal: yes" if causal == audit.verdict(findings).splitlines()[0] == "causal: yes" else "NOT CAUSAL"
     if model.routers is not None:
         share = least_share(validation.routing.counts, model.routers.active(states[steps]))
         log.line(f"least used expert: {share:.2f} of an even share of the bank's validation tokens")
     if world.rank == 0:
         try:
-            text = "".join(text_of(find_tokenizer(folder, config), sample(model.eval(), states[steps], [], 48)))
+            text = "".join(text_of(find_tokenizer(folder, config), sample(model, last, [], 48)))
             log.line(f"sample: {text!r}")
         except ModelFolderError as error:
             log.line(f"no sample: {error}")

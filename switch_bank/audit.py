@@ -1,43 +1,54 @@
-"""Is it causal? Checks from outside the model: change what comes later, see whether anything before it moves.
+"""Is it causal? What a run asks before its first step and after its last one, and anyone with
+`python -m switch_bank audit`.
 
-Zero-initialised output matrices would let any model pass, so every check runs with random values in every parameter.
+Each check of `causality` runs on two paths. The exact one, the reference kernels in float64, has no rounding that a
+leak could hide in. The real one is what the run computes with: its kernels, its dtype, compiled.
 """
 
-import dataclasses
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from switch_bank.config import ModelConfig
-from switch_bank.model.gpt import Output, SwitchBankGPT
+from switch_bank import causality, schedules
+from switch_bank.causality import ComputePath, Finding, Tolerances
+from switch_bank.checkpoint import CheckpointError
+from switch_bank.config import Config, ConfigError, compute_dtype, parse, presets
+from switch_bank.model.folder import ModelFolderError
+from switch_bank.model.gpt import SwitchBankGPT
+from switch_bank.run_log import ROOT
 from switch_bank.schedules import StepState
 
-MARGIN = 1e-5  # a route whose top-K margin is below this may flip by rounding
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1}  # on a token's loss in nats
-
-
-class Finding(NamedTuple):
-    """The result of one check."""
-
-    name: str
-    passed: bool
-    detail: str
+PROGRAM = "python -m switch_bank audit"
+TOLERANCES = {
+    torch.float64: Tolerances(rerun=1e-9, recompute=1e-9, margin=0.0),
+    torch.float32: Tolerances(rerun=1e-4, recompute=1e-4, margin=causality.MARGIN),
+    torch.bfloat16: Tolerances(rerun=0.02, recompute=0.25, margin=0.1),
+}
+# Of the exact path, so that every edge lies within its slices: their long document has 192 tokens.
+TOKENS, WINDOW, REVERSE_WINDOW, OPENING_TOKENS = 256, 64, 48, 56
+CPU_TOKENS = 16_384  # that go through together on a CPU, at most
 
 
 @contextmanager
 def random_parameters(model: nn.Module, seed: int) -> Iterator[None]:
-    """Every parameter holds random values of a trained model's size within the block; after it, or an error in it,
-    its own again."""
+    """Random values are added to every parameter within the block; after it, or an error in it, it has its own again.
+
+    Zero-initialised output matrices would let any model pass. A fresh model gets values of a trained one's size.
+    """
     own = [parameter.detach().clone() for parameter in model.parameters()]
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             fan_in = parameter.shape[-1] if parameter.ndim > 1 else 4
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, device=device) * fan_in**-0.5)
+            parameter.add_(torch.randn(parameter.shape, generator=generator, device=device) * fan_in**-0.5)
     try:
         yield
     finally:
@@ -46,114 +57,124 @@ def random_parameters(model: nn.Module, seed: int) -> Iterator[None]:
                 parameter.copy_(value)
 
 
-def random_documents(config: ModelConfig, tokens: int, device: torch.device, seed: int) -> Tensor:
-    """[tokens] int64: random text in documents of 1 to tokens/2 tokens, an empty one and a long one among them."""
-    generator = torch.Generator().manual_seed(seed)
-    text = torch.randint(config.vocab_size, (tokens,), generator=generator)
-    text[text == config.eod_token] = (config.eod_token + 1) % config.vocab_size
-    starts = torch.tensor([tokens // 8, tokens // 8 + 1, tokens // 4, tokens // 4 + tokens // 2])
-    text[starts] = config.eod_token
-    return text.to(device)
+def findings(
+    model: SwitchBankGPT, state: StepState, slices: int, tokens: int, windows: Sequence[int | None] = (None,),
+    whole: bool = False, seed: int = 0,
+) -> list[Finding]:  # fmt: skip
+    """Checks (a) and (b), and (c) and (d) if `whole`, of an eval-mode model with values in all of its parameters.
 
-
-def cut_points(tokens: int, window: int, count: int, seed: int) -> list[int]:
-    """First changed tokens: at the edges of documents (`random_documents`), blocks and the window, and at random."""
-    quarter, half = tokens // 4, tokens // 2
-    edges = [1, tokens - 1, quarter, quarter + 1, quarter + half, tokens // 8 + 1]
-    edges += [64, 127, 128, quarter + window - 1, quarter + window]
-    edges = list(dict.fromkeys(edge for edge in edges if 0 < edge < tokens))[:count]
-    generator = torch.Generator().manual_seed(seed)
-    while len(edges) < count:
-        edges.append(int(torch.randint(1, tokens, (1,), generator=generator)))
-    return edges
-
-
-@torch.no_grad()
-def check_suffix(
-    forward: Callable[..., Output], config: ModelConfig, state: StepState, tokens: int, slices: int,
-    device: torch.device, tolerance: float, window: int | None = None, cuts_in_all: int = 16, seed: int = 0,
-) -> Finding:  # fmt: skip
-    """Changes all tokens from a cut on and compares what is before it, on the path `forward` (an eval-mode model).
-
-    Targets are held fixed, so that the loss of a token is a function of its logits alone. `slices` slices of
-    `tokens` tokens go through together, each with a cut of its own.
+    `slices` slices of `tokens` tokens go through together on the real path, at each of the `windows` that attention
+    kernels take as a Python int; None leaves the window to `state`.
     """
-    worst, excused, compared, moves, moved_at = 0.0, 0, 0, False, []
-    cuts = cut_points(tokens, int(state.window), cuts_in_all, seed)
-    for start in range(0, len(cuts), slices):
-        own_cuts = torch.tensor([cuts[(start + row) % len(cuts)] for row in range(slices)], device=device)
-        text = random_documents(config, tokens, device, seed + start).expand(slices, tokens).contiguous()
-        other = random_documents(config, tokens, device, seed + start + 1).expand(slices, tokens)
-        other = torch.where(other == text, (other + 1) % config.vocab_size, other)
-        targets = text.roll(-1, dims=1)
-        before_cut = torch.arange(tokens, device=device) < own_cuts[:, None]
-        one = forward(text, targets, state, window=window)
-        two = forward(torch.where(before_cut, text, other), targets, state, window=window)
-        difference = (one.token_losses - two.token_losses).abs()
-        moves = moves or bool((difference[~before_cut] > 0).any())
-        difference = torch.where(before_cut, difference, 0.0)
-        # A flipped route changes its token and, through attention and state, all that follow it.
-        flippable = one.margins.cummin(dim=1).values < MARGIN
-        excused += int((flippable & (difference > tolerance)).sum())
-        wrong = difference.masked_fill(flippable, 0.0)
-        if not bool(torch.isfinite(wrong).all()):
-            return Finding("suffix", False, "the losses are not finite: nothing can be said")
-        worst, compared = max(worst, float(wrong.max())), compared + int(before_cut.sum())
-        moved_at += [
-            f"token {int(t)} reads at least {int(own_cuts[s] - t)} ahead" for s, t in (wrong > tolerance).nonzero()[:4]
-        ]
-    if not moves:
-        return Finding("suffix", False, "nothing moves after a change either: nothing can be said")
-    detail = (
-        f"{len(cuts)} cuts, {compared} losses before them, largest change {worst:.2g} (tolerance {tolerance:g}), "
-        f"{excused} excused by a route margin below {MARGIN:g}"
+    dtype = compute_dtype(model.config.dtype, model.head.device)
+    name = f"{str(dtype).removeprefix('torch.')} as trained"
+    real = [
+        ComputePath(name if w is None else f"{name}, window {w}", model, _with_window(state, w), w, slices, tokens,
+                    exact=False, tolerances=TOLERANCES[dtype])
+        for w in windows
+    ]  # fmt: skip
+    exact, own_windows = exact_paths(model, state)
+    results = [causality.check_suffix(path, seed) for path in [exact, *real]]
+    results.append(causality.check_gradients(own_windows, seed))
+    if whole:
+        shortest = min(real, key=lambda path: float(path.state.window))
+        if shortest.window is None:
+            shortest = shortest._replace(state=_with_window(state, WINDOW))
+        for check in (causality.check_decode, causality.check_packing):
+            results += [check(path, seed) for path in (exact, shortest)]
+    return results
+
+
+def exact_paths(model: SwitchBankGPT, state: StepState) -> tuple[ComputePath, ComputePath]:
+    """The float64 twin with windows that its slices cross, and with the model's own."""
+    own = causality.twin(model, dtype="float64", attention_backend="reference", bank_backend="reference").double()
+    shrunk = causality.twin(
+        own,
+        reverse_window=min(REVERSE_WINDOW, model.config.reverse_window),
+        opening_tokens=min(OPENING_TOKENS, model.config.opening_tokens),
     )
-    if moved_at:
-        detail += "; " + ", ".join(moved_at[:4])
-    return Finding("suffix", worst <= tolerance, detail)
+    slices = max(1, min(8, 2**25 // (TOKENS * model.config.padded_vocab)))  # at most 256 MiB of logits
+    path = ComputePath(
+        "float64 reference", shrunk, _with_window(state, WINDOW), None, slices, TOKENS, True, TOLERANCES[torch.float64]
+    )
+    return path, path._replace(model=own, state=state)
 
 
-def check_gradients(model: SwitchBankGPT, state: StepState, tokens: int, seed: int = 0) -> Finding:
-    """The gradient of logits at t with respect to the embeddings after t must be exactly zero, and before t must not.
+def _with_window(state: StepState, window: int | None) -> StepState:
+    return state if window is None else state._replace(window=torch.full_like(state.window, window))
 
-    Runs eagerly in float32 with the reference kernels on a twin that holds the model's own parameters.
+
+def verdict(results: list[Finding]) -> str:
+    """The lines that a log carries: `causal: yes` or `NOT CAUSAL`, and why."""
+    word = "causal: yes" if all(result.passed for result in results) else "NOT CAUSAL"
+    return "\n".join([word, *(f"  {r.name}: {'passed' if r.passed else 'FAILED'}: {r.detail}" for r in results)])
+
+
+def load(subject: str, options: list[str], device: torch.device) -> tuple[Config, SwitchBankGPT, StepState]:
+    """The model of a run's folder, or an untrained one of a preset with options of its configuration.
+
+    Raises ConfigError, CheckpointError or ModelFolderError where there is none.
     """
-    config = dataclasses.replace(model.config, dtype="float32", attention_backend="reference", bank_backend="reference")
-    with torch.device("meta"):
-        twin = SwitchBankGPT(config).eval()
-    twin.load_state_dict(model.state_dict(), assign=True)
-    looked_up: list[Tensor] = []
+    if subject in presets:
+        config = parse([subject, *options], subject, PROGRAM).check()
+        torch.manual_seed(config.run.seed)
+        with device:
+            model = SwitchBankGPT(config.model).eval()
+        return config, model, schedules.step_state(config.schedule.steps, config, device)
+    if not Path(subject).is_dir():
+        raise ConfigError(f"{subject!r} is neither a run's folder nor a preset: presets are {', '.join(presets)}")
+    if options:
+        raise ConfigError(f"{options[0]} cannot be changed: the run in {subject} has its own configuration")
+    from switch_bank.export import load_model  # here, because the trainer imports this module and needs no hub client
 
-    def keep(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
-        looked_up.append(output.detach().requires_grad_())
-        return looked_up[-1]
+    config, model = load_model(Path(subject), device)
+    assert model.trained_state is not None
+    return config, model, model.trained_state
 
-    for embedding in [twin.embedding, *twin.value_embeddings]:
-        embedding.register_forward_hook(keep)
-    device = model.head.device
-    text = random_documents(config, tokens, device, seed)[None]
-    hidden = twin.trunk(text, state)[0]
-    points = sorted({0, 1, tokens // 8, tokens // 4 + 1, tokens // 2, 3 * tokens // 4, tokens - 2})
-    ahead = []
-    reads_back = False
-    for t in points:
-        direction = torch.randn(config.padded_vocab, generator=torch.Generator().manual_seed(seed + t)).to(device)
-        total = (twin.logits(hidden[0, t]) * direction).sum()
-        gradients = torch.autograd.grad(total, looked_up, retain_graph=True, allow_unused=True)
-        strength = torch.stack([g[0].abs().amax(-1) for g in gradients if g is not None]).amax(0)  # [tokens]
-        ahead += [(t, int(u) - t) for u in strength[t + 1 :].nonzero().flatten()[-1:] + t + 1]
-        reads_back = reads_back or bool((strength[:t] > 0).any())
-    if not reads_back:
-        return Finding("gradient", False, "no gradient reaches any earlier token either: nothing can be said")
-    detail = f"logits at {len(points)} positions, gradient to every later embedding " + (
-        "exactly 0" if not ahead else "NOT 0"
+
+def main(arguments: list[str]) -> int:
+    """`python -m switch_bank audit`; returns the exit code: 0 causal, 1 not, 2 nothing there that could be audited."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Is it causal? Exit code 0 if the model's probabilities depend on no later token, 1 if they do.",
     )
-    if ahead:
-        detail += ": " + ", ".join(f"token {t} reads up to {far} ahead" for t, far in ahead[:4])
-    return Finding("gradient", not ahead, detail)
-
-
-def verdict(findings: list[Finding]) -> str:
-    """The line that a log carries: `causal: yes` or `NOT CAUSAL`, and why."""
-    word = "causal: yes" if all(finding.passed for finding in findings) else "NOT CAUSAL"
-    return "\n".join([word, *(f"  {f.name}: {'passed' if f.passed else 'FAILED'}: {f.detail}" for f in findings)])
+    parser.add_argument(
+        "subject", metavar="RUN|PRESET", help="a run's folder, or a preset with --group.option VALUE ..."
+    )
+    given, options = parser.parse_known_args(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        config, model, state = load(given.subject, options, device)
+    except (CheckpointError, ConfigError, ModelFolderError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    began, untrained = time.perf_counter(), model.trained_state is None
+    tokens = config.data.val_slice_tokens
+    slices, shortened = max(1, config.run.tokens_per_forward // tokens), ""
+    if device.type == "cpu" and slices * tokens > CPU_TOKENS:
+        shortened = f", not {slices} of {tokens}: this is a CPU"
+        slices, tokens = 4, min(tokens, 512)
+    windows: Sequence[int | None] = (None,)
+    if model.attention_backend == "flash":
+        windows = schedules.attention_windows(config.model.window)
+    # As the trainer sets it, so that the real path is its own, compiled code of an earlier run included.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / ".cache" / "inductor"))
+    if device.type == "cpu":
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.set_float32_matmul_precision("high")
+    if config.run.compile:
+        model.compile()
+    count = sum(parameter.numel() for parameter in model.parameters())
+    print(
+        f"{given.subject}: {count:,} parameters, {'with random values' if untrained else 'as trained'}, on {device}\n"
+        f"float64 reference: slices of {TOKENS} tokens, attention window {WINDOW}, reverse EMA's {REVERSE_WINDOW}; "
+        f"gradients with the windows of the configuration\n"
+        f"{compute_dtype(config.model.dtype, device)} as trained: {model.attention_backend} attention, "
+        f"{'compiled' if config.run.compile else 'not compiled'}, {slices} slices of {tokens} tokens{shortened}",
+        flush=True,
+    )
+    with random_parameters(model, config.run.seed) if untrained else nullcontext():
+        results = findings(model, state, slices, tokens, windows, whole=True, seed=config.run.seed)
+    print(f"{verdict(results)}\n{time.perf_counter() - began:.0f} s")
+    return 0 if all(result.passed for result in results) else 1

@@ -325,14 +325,14 @@ def _typed(value: Any, hint: Any, option: str) -> Any:
     return value
 
 
-def parse(arguments: list[str], default_preset: str) -> Config:
+def parse(arguments: list[str], default_preset: str, program: str = "train_switch_bank.py") -> Config:
     """The configuration of a command line `[PRESET] [--group.option VALUE ...]`; exits with code 2 if it is wrong."""
     preset = default_preset
     if arguments and not arguments[0].startswith("-"):
         preset, arguments = arguments[0], arguments[1:]
     if preset not in presets:
         raise ConfigError(f"there is no preset {preset[:50]!r}: choose one of {', '.join(presets)}")
-    config = tyro.cli(Config, default=presets[preset], args=arguments, prog=f"train_switch_bank.py {preset}")
+    config = tyro.cli(Config, default=presets[preset], args=arguments, prog=f"{program} {preset}")
     # A length given by hand replaces the preset's own way of giving it.
     given, own = config.run, presets[preset].run
     if given.steps is not None and given.seconds is not None and given.seconds == own.seconds:

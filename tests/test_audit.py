@@ -1,103 +1,101 @@
-"""The audit: causal models pass, every way of reading ahead is found, and where nothing can be said it says so."""
+"""What a run asks of the audit, and what a user asks: `python -m switch_bank audit`."""
 
-import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from torch import Tensor
 
 from switch_bank import audit
-from switch_bank.audit import Finding
+from switch_bank.causality import Finding
 from switch_bank.config import Config, presets
-from switch_bank.model.gpt import Output, SwitchBankGPT
-from switch_bank.ops import attention
-from switch_bank.schedules import StepState, step_state
+from switch_bank.model.gpt import SwitchBankGPT
+from switch_bank.schedules import step_state
+from tests.runs import ROOT
 
-TOKENS, SLICES, CPU = 256, 8, torch.device("cpu")
 ConfigOf = Callable[..., Config]
 
+TINY = [
+    "nano", "--model.vocab-size", "97", "--model.layers", "2", "--model.width", "32", "--model.heads", "2",
+    "--model.experts", "4", "--model.expert-width", "16", "--model.value-embeddings", "1", "--model.window", "128",
+    "--data.val-slice-tokens", "256", "--run.tokens-per-forward", "1024", "--run.no-compile",
+]  # fmt: skip
 
-def last_state(config: Config) -> StepState:
-    return step_state(config.schedule.steps, config, CPU)
 
-
-def audited(config: Config) -> tuple[Finding, Finding]:
-    """Both checks of a fresh model, as a run makes them."""
+def findings_of(config: Config, whole: bool = False, slices: int = 4, tokens: int = 256) -> list[Finding]:
+    """As a run asks for them before step 0, or after its last one if `whole`."""
     torch.manual_seed(0)
     model = SwitchBankGPT(config.model).eval()
-    tolerance = audit.TOLERANCE[getattr(torch, config.model.dtype)]
+    state = step_state(config.schedule.steps, config, "cpu")
     with audit.random_parameters(model, 0):
-        suffix = audit.check_suffix(model, config.model, last_state(config), TOKENS, SLICES, CPU, tolerance)
-        return suffix, audit.check_gradients(model, last_state(config), TOKENS)
-
-
-def distances(finding: Finding) -> list[int]:
-    """How far ahead tokens read, as the finding tells it."""
-    return [int(far) for far in re.findall(r"reads (?:at least|up to) (\d+) ahead", finding.detail)]
+        return audit.findings(model, state, slices, tokens, whole=whole)
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {}, dict(dtype="bfloat16"), dict(dtype="float64"), dict(forward_ema=True, top_k=2, score="sigmoid"),
-        dict(shared=False, adapter="lora"), dict(experts=1), dict(attention_backend="flex", layers=1),
+        {},
+        dict(dtype="bfloat16"),
+        dict(dtype="bfloat16", forward_ema=True, top_k=2, score="sigmoid", adapter="lora"),
+        dict(attention_backend="flex", layers=1),
     ],
     ids=str,
-)  # fmt: skip
+)
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_a_causal_model_passes(config_of: ConfigOf, options: dict[str, Any]) -> None:
-    suffix, gradient = audited(config_of(**options))
-    assert suffix.passed and gradient.passed
-    assert "16 cuts" in suffix.detail and "exactly 0" in gradient.detail
-    assert not distances(suffix) and not distances(gradient)
-    assert audit.verdict([suffix, gradient]).startswith("causal: yes\n  suffix: passed: ")
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("options", [{}, dict(top_k=2), dict(score="sigmoid", forward_ema=True)], ids=str)
-def test_the_leaky_reverse_ema_fails_both_checks(config_of: ConfigOf, options: dict[str, Any], dtype: str) -> None:
-    findings = audited(config_of(reverse_ema="leaky", dtype=dtype, **options))
-    for finding in findings:
-        assert not finding.passed
-        # It reads the document's first 48 tokens: 47 ahead of the first one, and no further.
-        assert all(1 <= far <= 47 for far in distances(finding)) and distances(finding)
-    assert max(distances(findings[1])) == 47
-    assert audit.verdict(list(findings)).startswith("NOT CAUSAL\n  suffix: FAILED: ")
-
-
-def test_a_run_of_the_nano_preset_that_leaks_is_called_not_causal() -> None:
-    # In bfloat16 the suffix check alone might miss it: with random weights a route's change moves a loss by 0.02 only.
-    nano = presets["nano"]
-    for kind, word in (("leaky", "NOT CAUSAL\n"), ("causal", "causal: yes\n")):
-        config = replace(nano, model=replace(nano.model, reverse_ema=kind, dtype="bfloat16"))
-        assert audit.verdict(list(audited(config))).startswith(word)
-
-
-@pytest.mark.parametrize("layers", [1, 3])
-def test_a_mask_that_is_one_token_off_is_found(
-    config_of: ConfigOf, layers: int, monkeypatch: pytest.MonkeyPatch
+def test_a_causal_model_passes_all_checks_exactly_and_with_the_kernels_of_its_run(
+    config_of: ConfigOf, options: dict[str, Any]
 ) -> None:
-    distance = attention._distance
-    monkeypatch.setattr(attention, "_distance", lambda document: distance(document) + 1)
-    for dtype in ("float32", "bfloat16"):
-        suffix, gradient = audited(config_of(layers=layers, value_embeddings=layers // 2, dtype=dtype))
-        assert not suffix.passed and all(1 <= far <= layers for far in distances(suffix)) and distances(suffix)
-        # One more token in each layer.
-        assert not gradient.passed and set(distances(gradient)) == {layers}
+    config = config_of(**options)
+    findings = findings_of(config, whole=True)
+    real = f"{config.model.dtype} as trained"
+    paths = {"suffix": ["float64 reference", real], "gradient": ["float64 reference"]}
+    paths |= {"decode": ["float64 reference", real], "packing": ["float64 reference", real]}
+    assert [finding.name for finding in findings] == [f"{c}, {path}" for c in paths for path in paths[c]]
+    assert all(finding.passed for finding in findings)
+    assert audit.verdict(findings).startswith("causal: yes\n  suffix, float64 reference: passed: ")
 
 
-def test_a_model_that_starts_at_zero_gives_the_gradient_nothing_to_say(config_of: ConfigOf) -> None:
-    config = config_of(reverse_ema="leaky")
-    finding = audit.check_gradients(SwitchBankGPT(config.model), last_state(config), TOKENS)
-    assert not finding.passed and "nothing can be said" in finding.detail
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("options", [{}, dict(top_k=2), dict(score="sigmoid", forward_ema=True)], ids=str)
+def test_the_leak_shows_on_either_path(config_of: ConfigOf, options: dict[str, Any], dtype: str) -> None:
+    findings = findings_of(config_of(reverse_ema="leaky", dtype=dtype, **options))
+    assert not any(finding.passed for finding in findings) and len(findings) == 3
+    assert audit.verdict(findings).startswith("NOT CAUSAL\n  suffix, float64 reference: FAILED: ")
 
 
-def test_random_parameters_reach_every_parameter_and_go_without_a_trace(config_of: ConfigOf) -> None:
+@pytest.mark.slow
+def test_the_nano_preset_passes_before_its_first_step_and_would_not_with_the_leak() -> None:
+    nano = presets["nano"]
+    for kind, passes in (("leaky", False), ("causal", True)):
+        config = replace(nano, model=replace(nano.model, reverse_ema=kind))
+        assert [finding.passed for finding in findings_of(config)] == [passes] * 3
+
+
+def test_no_graph_is_compiled_by_the_audit_at_the_end_of_a_run(config_of: ConfigOf) -> None:
+    # The real path takes the shape, and the window as a tensor, that validation takes.
+    torch._dynamo.reset()
+    model = SwitchBankGPT(config_of(dtype="float32").model).eval()
+    graphs: list[object] = []
+
+    def counting(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    for part in ("begin", "attend", "context", "route", "losses"):
+        setattr(model, part, torch.compile(getattr(model, part), backend=counting, fullgraph=True, dynamic=False))
+    state = step_state(presets["nano"].schedule.steps, config_of(), "cpu")
+    with audit.random_parameters(model, 0):
+        audit.findings(model, state, 4, 256)
+        before = len(graphs)
+        audit.findings(model, state, 4, 256, whole=True)
+    assert before > 0 and len(graphs) == before
+
+
+def test_random_values_reach_every_parameter_and_go_without_a_trace(config_of: ConfigOf) -> None:
     model = SwitchBankGPT(config_of(adapter="lora", always_on_expert=True).model)
     own = {name: value.clone() for name, value in model.state_dict().items()}
     drawn = []
@@ -114,72 +112,62 @@ def test_random_parameters_reach_every_parameter_and_go_without_a_trace(config_o
     assert all(torch.equal(value, own[name]) for name, value in model.state_dict().items())
 
 
-def test_the_checks_change_neither_weights_nor_their_gradients(config_of: ConfigOf, model_of: Callable) -> None:
-    config = config_of()
-    model = model_of(config).eval()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    audit.check_suffix(model, config.model, last_state(config), 128, 4, CPU, 1e-4)
-    audit.check_gradients(model, last_state(config), 128)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert all(parameter.grad is None for parameter in model.parameters())
+# ---- the command -----------------------------------------------------------------------------------------------------
 
 
-class Reader:
-    """In a model's place: a token's loss is a number of its own for the token `ahead` of it, times `strength`."""
-
-    def __init__(self, ahead: int, strength: float = 1.0, margin: float = 1.0) -> None:
-        self.ahead, self.strength, self.margin = ahead, strength, margin
-
-    def __call__(self, tokens: Tensor, targets: Tensor, state: StepState, window: int | None = None) -> Output:
-        losses = self.strength * tokens.roll(-self.ahead, dims=1).float()
-        losses[:, tokens.shape[1] - self.ahead :] = 0.0
-        nothing = torch.zeros(())
-        return Output(nothing, nothing, losses, nothing, torch.full_like(losses, self.margin))
+def test_the_command_says_what_was_tried_and_what_came_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert audit.main([*TINY, "--model.dtype", "bfloat16"]) == 0
+    said = capsys.readouterr().out
+    assert "nano: " in said and "with random values, on cpu" in said
+    assert "bfloat16 as trained: reference attention, not compiled, 4 slices of 256 tokens" in said
+    assert "\ncausal: yes\n" in said and said.count("passed: ") == 7
 
 
-def check(reader: Reader, config: Config, tolerance: float = 1e-4) -> Finding:
-    return audit.check_suffix(reader, config.model, last_state(config), TOKENS, SLICES, CPU, tolerance)
+def test_the_command_ends_with_1_where_the_preset_leaks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert audit.main([*TINY, "--model.reverse-ema", "leaky"]) == 1
+    said = capsys.readouterr().out
+    assert "\nNOT CAUSAL\n" in said and "token 32 reads up to 191 ahead" in said
 
 
-@pytest.mark.parametrize("ahead", [0, 1, 5, 200])
-def test_the_suffix_check_sees_whoever_reads_ahead_and_no_one_else(config_of: ConfigOf, ahead: int) -> None:
-    finding = check(Reader(ahead), config_of())
-    assert finding.passed == (ahead == 0)
-    assert all(1 <= far <= ahead for far in distances(finding))
-    assert bool(distances(finding)) == (ahead > 0)
-
-
-def test_the_suffix_check_lets_pass_what_rounding_may_do_and_counts_it(config_of: ConfigOf) -> None:
-    config = config_of()
-    assert check(Reader(1, strength=1e-7), config).passed
-    assert not check(Reader(1, strength=1e-3), config).passed
-    # A route that may flip by rounding is an excuse, but one that is told.
-    excused = check(Reader(1, margin=audit.MARGIN / 2), config)
-    assert excused.passed and int(re.findall(r"(\d+) excused", excused.detail)[0]) > 0
-    assert ", 0 excused" in check(Reader(0), config).detail
-    assert not check(Reader(1, margin=2 * audit.MARGIN), config).passed
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_losses_that_are_not_finite_prove_nothing(config_of: ConfigOf, value: float) -> None:
-    finding = check(Reader(0, strength=value), config_of())
-    assert not finding.passed and "not finite: nothing can be said" in finding.detail
-
-
-@given(tokens=st.integers(128, 2000), window=st.integers(128, 2000), count=st.integers(4, 40), seed=st.integers(0, 99))
-def test_cuts_leave_something_on_both_sides_and_lie_at_the_edges(
-    tokens: int, window: int, count: int, seed: int
+def test_a_run_is_audited_as_it_was_trained(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cuts = audit.cut_points(tokens, window, count, seed)
-    assert len(cuts) == count and all(0 < cut < tokens for cut in cuts)
-    assert {1, tokens - 1, tokens // 4} <= set(cuts)
-    if count >= 11 and tokens // 4 + window < tokens:
-        assert {tokens // 4 + window - 1, tokens // 4 + window} <= set(cuts)
+    assert audit.main([str(finished[0])]) == 0
+    said = capsys.readouterr().out
+    assert "as trained, on cpu" in said and "float32 as trained: sdpa attention, not compiled, 4 slices of 512" in said
+    assert "\ncausal: yes\n" in said
 
 
-def test_the_text_has_documents_of_all_lengths_and_no_other_starts(config_of: ConfigOf) -> None:
-    text = audit.random_documents(config_of().model, TOKENS, CPU, 3)
-    assert text.shape == (TOKENS,) and text.min() == 0 and text.max() < 97
-    assert (text == 0).nonzero().flatten().tolist() == [32, 33, 64, 192]  # 32 is an empty document, 64 a long one
-    assert torch.equal(text, audit.random_documents(config_of().model, TOKENS, CPU, 3))
-    assert not torch.equal(text, audit.random_documents(config_of().model, TOKENS, CPU, 4))
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["namo"], "'namo' is neither a run's folder nor a preset: presets are record, small, nano"),
+        (["tests"], "tests holds no model"),
+        (["tests", "--model.layers", "2"], "--model.layers cannot be changed: the run in tests"),
+        (["nano", "--model.layers", "1000"], "model.layers is 1000: it must be in 1..512"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert audit.main(arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith(f"error: {message}") and said.err.count("\n") == 1
+
+
+def test_a_damaged_checkpoint_is_bad_input(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = bytearray((finished[0] / "checkpoint.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "checkpoint.pt").write_bytes(content)
+    assert audit.main([str(tmp_path)]) == 2
+    assert "is damaged" in capsys.readouterr().err
+
+
+def test_the_command_line_without_a_subject_or_with_an_unknown_option_ends_with_2() -> None:
+    for arguments in ([], ["nano", "--model.depth", "3"]):
+        command = [sys.executable, "-m", "switch_bank", "audit", *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert result.returncode == 2 and result.stderr and "Traceback" not in result.stderr
