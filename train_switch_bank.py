@@ -259,6 +259,7 @@ def main(config: Config, world: World) -> None:
                 if world.rank == 0:
                     checkpoints.save(folder / "checkpoint.pt", run_state(step))
                     checkpoints.wait()
+                dist.barrier()  # a process that ended sooner would break the connections of the one that saves
                 where = f"stopped by {signal.Signals(stop).name} before step {step} of {steps}, which is saved"
                 raise Stopped(f"{where}: go on with the same command and --run.resume --run.out {folder}", stop)
             if step in run.val_at_steps or step == steps or readings and seconds >= readings[0]:

@@ -17,7 +17,7 @@ MAGIC = b"switchbank checkpoint 1\n"
 TENSORS_NEED = re.compile(r"torch \w+Storage|torch\._utils _rebuild_tensor_v2|collections OrderedDict")
 PARTS = {
     "config": dict, "step": int, "seconds": float, "log_sizes": dict, "model": dict, "muon": dict, "adam": dict,
-    "clip": dict, "picks": torch.Tensor, "readings": list, "times_resumed": int,
+    "clip": dict, "picks": torch.Tensor, "readings": list, "times_resumed": int, "loads": dict,
 }  # fmt: skip
 
 
