@@ -6,7 +6,10 @@ import torch
 
 
 class TrainingClock:
-    """Seconds of training, monotonic; runs between `start` and `stop`, each of which waits for the device."""
+    """Seconds of training; runs between `start` and `stop`, each of which waits for the device.
+
+    It counts by time.perf_counter, which never goes back and which setting the machine's clock does not move.
+    """
 
     def __init__(self, device: torch.device, seconds: float = 0.0) -> None:
         self.device, self.passed = device, seconds

@@ -59,7 +59,7 @@ class RunLog:
             return
         _write(self._files["log.txt"], text)
         if console:
-            print(("\r\033[K" if self.terminal else "") + text, flush=True)
+            self._print(("\r\033[K" if self.terminal else "") + text + "\n")
 
     def metrics(self, kind: str, values: dict[str, Any]) -> None:
         """One object of metrics.jsonl: `kind` is train, val or routing."""
@@ -69,7 +69,14 @@ class RunLog:
     def progress(self, text: str) -> None:
         """A line that the next one replaces; on a terminal only."""
         if self.terminal:
-            print(f"\r\033[K{text}", end="", flush=True)
+            self._print(f"\r\033[K{text}")
+
+    def _print(self, text: str) -> None:
+        try:
+            print(text, end="", flush=True)
+        except OSError as error:  # closed, or sent to a file on a full disk: the log is the record, and goes on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            self.line(f"nobody reads the terminal any more, {error.strerror}: from here on there is this log", False)
 
     def sizes(self) -> dict[str, int]:
         """Bytes written so far to each file: where a resumed run cuts them back to."""

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,24 @@ def test_a_save_that_was_killed_leaves_the_state_before_it(path: Path, monkeypat
         with pytest.raises(KeyboardInterrupt):
             save(path, state_of(3))
         assert load(path)["step"] == 2
+
+
+@pytest.mark.parametrize("room", [10, 300, 2000, 3600])
+def test_a_full_disk_leaves_the_state_before_it_and_takes_no_room(path: Path, room: int) -> None:
+    save(path, state_of(1))
+    save(path, state_of(2))
+    before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
+    assert len(before[path.name]) > room
+    free, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        with pytest.raises(
+            OSError, match=f"^{path} cannot be written, File too large: what was saved before it stays; "
+        ):
+            save(path, state_of(3))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (free, hard))
+    assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == before
 
 
 @given(data=st.data())

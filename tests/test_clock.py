@@ -1,7 +1,9 @@
 """The training clock counts what lies between start and stop, and nothing else."""
 
+import itertools
 import time
 
+import pytest
 import torch
 
 from switch_bank.clock import TrainingClock
@@ -47,3 +49,16 @@ def test_a_resumed_clock_goes_on_from_the_saved_reading() -> None:
     reading = clock.seconds
     clock.stop()  # once more changes nothing
     assert clock.seconds == reading > 100.0
+
+
+def test_setting_the_machine_s_clock_does_not_move_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    by = time.get_clock_info("perf_counter")
+    assert by.monotonic and not by.adjustable
+    jumps = itertools.cycle([3e9, -1e9])
+    for wall_clock in ("time", "time_ns"):
+        monkeypatch.setattr(time, wall_clock, lambda: next(jumps))
+    clock = TrainingClock(CPU)
+    clock.start()
+    readings = [clock.seconds for _ in range(100)]
+    clock.stop()
+    assert readings == sorted(readings) and 0 < clock.seconds < 3600

@@ -1,5 +1,6 @@
 """Shards are checked before they are trusted, and every process count reads the same stream."""
 
+import dataclasses
 import hashlib
 import itertools
 import os
@@ -266,6 +267,17 @@ def test_a_shard_that_is_damaged_while_the_run_reads_it_ends_the_reading(
     assert str(error.value).startswith(shards.paths[1]) and "\n" not in str(error.value)
     assert torch.equal(torch.cat(read).flatten(), torch.arange(len(read) * 128))  # what was read is right
     assert len(read) < 16
+
+
+def test_a_shard_that_is_cut_short_in_the_middle_of_a_read_ends_the_reading(counting: Counting) -> None:
+    shards = counting([1000, 1000])
+    whole = Path(shards.paths[1]).stat()
+    os.truncate(shards.paths[1], 2000)
+    cut = Path(shards.paths[1]).stat()
+    assert shards.states[1] == (whole.st_size, whole.st_mtime_ns)
+    unnoticed = dataclasses.replace(shards, states=[shards.states[0], (cut.st_size, cut.st_mtime_ns)])
+    with pytest.raises(DataError, match="1.bin was cut short while it was read; fetch or make the file again"):
+        unnoticed.read(900, 1000)
 
 
 UNREADABLE: dict[Callable[[Path], None], str] = {

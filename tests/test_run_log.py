@@ -5,6 +5,8 @@ import json
 import math
 import os
 import resource
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -184,6 +186,21 @@ def test_a_full_disk_is_named_and_what_was_written_before_stays(tmp_path: Path) 
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (free, hard))
     assert (tmp_path / "log.txt").read_text() == "before\na line that d"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_terminal_that_goes_away_does_not_end_a_run(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from switch_bank.run_log import RunLog\n"
+        "log = RunLog(Path(sys.argv[1]), is_first=True)\n"
+        "for word in ('one', 'two', 'three'): log.line(word)\n"
+    )
+    with open("/dev/full", "wb") as full:
+        run = [sys.executable, "-c", program, str(tmp_path / "run")]
+        result = subprocess.run(run, stdout=full, stderr=subprocess.PIPE, text=True, cwd=PACKAGE.parent)
+    assert (result.returncode, result.stderr) == (0, "")
+    one, note, *others = (tmp_path / "run" / "log.txt").read_text().splitlines()
+    assert one == "one" and "No space left on device" in note and others == ["two", "three"]
 
 
 def test_names_that_utf_8_has_no_bytes_for_are_written_as_they_are_shown(tmp_path: Path) -> None:

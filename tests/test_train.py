@@ -120,6 +120,7 @@ def test_a_leaky_run_says_so_in_its_name_and_in_its_result(shards, tmp_path):
         (["--data.no-repeat", "--run.steps", "100000"], "the training data lasts for"),
         (["--run.resume"], "there is no checkpoint"),
         (["--run.no-such-option", "1"], "no-such-option"),
+        (["--run.timeout-seconds", "nan"], "run.timeout_seconds is nan"),
     ],
 )
 def test_bad_input_gets_one_clear_line_and_exit_code_2(shards, tmp_path, options, message):
