@@ -158,6 +158,8 @@ def check_verdicts(log: Log) -> Iterator[str]:
     """Each verdict on causality is that of the findings below it."""
     if not any(map(is_verdict, log.lines)):
         yield "the log has no check of causality"
+    elif "the same of the trained weights:" not in log.lines:
+        yield "the log has no check of causality of the trained weights"
     for index, line in enumerate(log.lines):
         if is_verdict(line):
             findings = []

@@ -24,7 +24,7 @@ def state_of(step: int = 7) -> dict[str, Any]:
     return {
         "step": step, "seconds": 0.1 + 0.2, "name": "nano äöü", "nothing": None, "flag": True,
         "readings": [60.0, 120.0], "times_resumed": 2, "log_sizes": {"log.txt": 5}, "clip": {"norms": weights[1]},
-        "picks": weights, "muon": {"state": {}}, "adam": {"groups": [{"lr": 0.1}]},
+        "picks": weights, "muon": {"state": {}}, "loads": {}, "adam": {"groups": [{"lr": 0.1}]},
         "model": {"weights": weights, "half": weights.bfloat16(), "pruned": weights[0] > 0, "scalar": torch.tensor(3)},
         "optimizer": {"state": {0: {"momentum": weights.T}}, "groups": [{"lr": 0.1, "betas": (0.8, 0.95)}]},
         "config": {"activation": [[0, 0.125], [75, 1.0]]},

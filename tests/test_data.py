@@ -236,8 +236,9 @@ def replace_by_a_pipe(path: Path) -> None:
 
 
 def replace_by_a_file_that_gives_errors(path: Path) -> None:
-    path.unlink()
-    path.symlink_to("/proc/self/mem")
+    link = path.with_name("link")
+    link.symlink_to("/proc/self/mem")
+    os.replace(link, path)  # at once: the thread that reads ahead must find one or the other
 
 
 DAMAGES: dict[Callable[[Path], None], str] = {

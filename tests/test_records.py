@@ -133,14 +133,14 @@ TAMPERING = {
         "the result: verdict is NOT CAUSAL, by the checks of causality it is causal: yes",
     ),
     "a result that is not the checks'": (
-        "^causal: yes$",
-        "NOT CAUSAL",
+        r"\A((?s:.*?)\n)causal: yes$",  # the first of two
+        r"\1NOT CAUSAL",
         "the result: verdict is causal: yes, by the checks of causality it is NOT CAUSAL",
     ),
     "a verdict over other findings": (
-        "gradient: passed",
-        "gradient: FAILED",
-        "the verdict 'causal: yes' stands over 1 of 2 checks passed",
+        "^  packing, float64 reference: passed",
+        "  packing, float64 reference: FAILED",
+        "the verdict 'causal: yes' stands over 6 of 7 checks passed",
     ),
     "no result": (r"^result: .*\n", "", "0 result lines, 3 validations: there must be a whole one, of the last"),
     "a validation": (r"^(step:8/12 val_loss:)[\d.]+", r"\g<1>2.8960", "the log has step 8, val_loss 2.8960 at "),
@@ -191,7 +191,11 @@ TAMPERING = {
         "2 graphs were compiled after step 0, where there must be none",
     ),
     "no count of graphs": (r"^graphs compiled.*\n", "", "no line says how many graphs were compiled after step 0"),
-    "no check of causality": (r"^causal: yes\n(  .*\n)+", "", "the log has no check of causality"),
+    "no check of the trained weights": (
+        r"^the same of the trained weights:\ncausal: yes\n(  .*\n)+",
+        "",
+        "the log has no check of causality of the trained weights",
+    ),
     "an option": ("^(config .*'seed': )0", r"\g<1>7", "the config line and config.json: run.seed is 7 and 0"),
     "half a config line": ("^(config .{100}).*", r"\1", "the config line cannot be read: SyntaxError: "),
     "no config line": (r"^config .*\n", "", "no config line comes before the first step line"),
@@ -225,6 +229,11 @@ def test_what_was_changed_in_a_log_is_named(copy, verify, what):
     code, wrong = verify(copy)
     assert code == 1
     assert any(named in line for line in wrong), wrong
+
+
+def test_a_log_without_any_check_of_causality_is_named(copy, verify):
+    change(copy / "log.txt", r"^causal: yes\n(  .*\n)+", "", count=2)
+    assert "the log has no check of causality" in verify(copy)[1]
 
 
 @pytest.mark.parametrize("what", ["a dropped training line", "a dropped validation", "lines in another order"])
