@@ -4,6 +4,7 @@ docs/faults.md lists all faults and where they are tested.
 """
 
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -224,3 +225,10 @@ def test_a_checkpoint_that_does_not_fit_the_run(options: list[str], at_40: Path)
         assert_one_line(result.stderr, message, "start a new run")
     assert other.read_text() == "of somebody else"
     assert (at_40 / "log.txt").read_bytes()[: good["log_sizes"]["log.txt"]] == log[: good["log_sizes"]["log.txt"]]
+
+
+def test_the_table_of_faults_names_tests_that_exist() -> None:
+    named = re.findall(r"`(\w+\.py)::(\w+)`", (ROOT / "docs" / "faults.md").read_text())
+    assert len(named) > 20
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(), test
