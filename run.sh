@@ -20,7 +20,8 @@ if [ "${1:-}" = test ]; then
   shift
   marks=(-m "not slow")
   if [ "${1:-}" = --slow ]; then marks=(); shift; fi
-  exec .venv/bin/python -m pytest "${marks[@]}" "$@"
+  # A process of one thread on each core. Most tests wait for other programs: they gain more than products lose.
+  OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest -n auto --maxprocesses 8 "${marks[@]}" "$@"
 fi
 
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)

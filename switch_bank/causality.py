@@ -26,7 +26,8 @@ class Tolerances(NamedTuple):
 
     rerun: float  # between runs of one shape that differ in later tokens: of a token's loss in nats, or its logits
     recompute: float  # of logits, between two ways to compute the same on the same routes
-    margin: float  # between these, a router may pick otherwise where its top-K margin is below it
+    margin: float  # between these, a router may pick otherwise where its top-K margin is below it, or below as many
+    # times its largest row norm where that is above 1
 
 
 class ComputePath(NamedTuple):
@@ -110,6 +111,8 @@ def read_logits(path: ComputePath, tokens: Tensor, streams: int, positions: int)
     if path.model.routers is None:
         return Reading(values, *_no_routes(tokens[kept]))
     margins = torch.stack([path.model.routers.margin(routing) for routing in routings], dim=2)
+    # What rounding of a router's input does to its values grows with its weights.
+    margins = margins / torch.linalg.vector_norm(path.model.routers.weight, dim=-1).amax(-1).clamp(min=1)
     return Reading(values, margins[kept], torch.stack([picks(routing) for routing in routings], dim=2)[kept])
 
 

@@ -107,7 +107,7 @@ def load(path: Path) -> dict[str, Any]:
     if previous.exists():
         advice = f"the one before it is {previous}; rename it to {path.name} to resume there"
     else:
-        advice = "start a new run, without --run.resume"
+        advice = "there is no older one, start a new run"
     if not os.path.lexists(path):
         raise CheckpointError(f"there is no checkpoint {path}: {advice}")
     if not os.path.isfile(path):  # a pipe would be waited for

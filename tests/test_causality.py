@@ -304,6 +304,19 @@ def test_a_router_may_pick_otherwise_only_where_its_own_margin_is_small(
     assert found[0].nonzero().flatten().tolist() == wrong and comparison.flipped == flipped
 
 
+def test_margins_are_measured_by_the_routers_weights_which_rounding_grows_with(config_of: ConfigOf) -> None:
+    path = exact_path(config_of(**ONE_LAYER))
+    tokens = torch.arange(64).view(1, 64)
+    assert path.model.routers is not None
+    with torch.no_grad():
+        path.model.routers.weight.mul_(3 / path.model.routers.weight.norm(dim=-1).amax())
+        path.model.routers.bias.zero_()
+        small = causality.read_logits(path, tokens, 1, 64).margins
+        path.model.routers.weight.mul_(100)
+        large = causality.read_logits(path, tokens, 1, 64).margins
+    torch.testing.assert_close(small, large)
+
+
 @pytest.mark.parametrize("options", [dict(top_k=2), dict(score="sigmoid"), dict(layers=1, experts=1)], ids=str)
 def test_on_its_own_routes_a_model_says_the_same_and_on_others_it_does_not(
     config_of: ConfigOf, options: dict[str, Any]

@@ -142,19 +142,19 @@ def test_one_damaged_byte_is_found_wherever_it_is(
 def test_a_truncated_file_is_refused(path: Path, kept: int) -> None:
     save(path, state_of())
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(CheckpointError, match=r"checkpoint\.pt is .*: start a new run, without --run\.resume"):
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt is .*: there is no older one, start a new run"):
         load(path)
 
 
 def test_a_foreign_file_is_refused(path: Path) -> None:
     torch.save(state_of(), path)
-    with pytest.raises(CheckpointError, match=r"checkpoint\.pt is not a SwitchBank checkpoint: start a new run"):
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt is not a SwitchBank checkpoint: there is no older one"):
         load(path)
 
 
 def test_a_missing_file_is_named(path: Path) -> None:
     with pytest.raises(
-        CheckpointError, match=rf"there is no checkpoint {path}: start a new run, without --run\.resume"
+        CheckpointError, match=rf"there is no checkpoint {path}: there is no older one, start a new run"
     ):
         load(path)
 
@@ -193,7 +193,7 @@ def file_that_gives_errors(path: Path) -> None:
 )
 def test_what_is_no_file_that_can_be_read_is_refused(path: Path, make: Callable[[Path], None], message: str) -> None:
     make(path)
-    with pytest.raises(CheckpointError, match=rf"checkpoint\.pt {message}: start a new run, without --run\.resume"):
+    with pytest.raises(CheckpointError, match=rf"checkpoint\.pt {message}: there is no older one, start a new run"):
         load(path)
 
 
