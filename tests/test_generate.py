@@ -268,8 +268,10 @@ def tokenizer_without_the_word(folder: Path) -> None:
     ],
 )
 def test_a_folder_that_cannot_work_is_one_line_and_exit_code_2(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], None], message: str
-) -> None:
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    spoil: Callable[[Path], None], message: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)  # where there is no data/local that somebody has made
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     spoil(tmp_path)
