@@ -27,9 +27,7 @@ from switch_bank.clock import TrainingClock
 from switch_bank.config import Config, ConfigError, compute_dtype, from_dict, parse, resumed
 from switch_bank.data import DataError, Shards, TokenStream, validation_batches
 from switch_bank.distributed import World
-from switch_bank.export import find_tokenizer
-from switch_bank.generate import sample, text_of
-from switch_bank.model.folder import ModelFolderError
+from switch_bank.generate import sample_line
 from switch_bank.model.gpt import SwitchBankGPT
 from switch_bank.model.router import RoutingSums
 from switch_bank.model.size import size_table
@@ -339,11 +337,7 @@ def main(config: Config, world: World) -> None:
         share = least_share(validation.routing.counts, model.routers.active(states[steps]))
         log.line(f"least used expert: {share:.2f} of an even share of the bank's validation tokens")
     if world.rank == 0:
-        try:
-            text = "".join(text_of(find_tokenizer(folder, config), sample(model, last, [], 48)))
-            log.line(f"sample: {text!r}")
-        except ModelFolderError as error:
-            log.line(f"no sample: {error}")
+        log.line(sample_line(model, last, folder, config))
     log.line(
         f"result: val_loss {validation.loss:.4f} over {validation.tokens} tokens after {steps} steps, "
         f"{seconds:.1f} s of training, seed {run.seed}, resumed {times_resumed} times, {causal} ({folder})"

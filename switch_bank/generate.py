@@ -75,6 +75,14 @@ def text_of(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
         yield rest
 
 
+def sample_line(model: SwitchBankGPT, state: StepState, folder: Path, config: Config) -> str:
+    """What a run says at its end: the beginning of a document, or why there is none."""
+    try:
+        return f"sample: {''.join(text_of(find_tokenizer(folder, config), sample(model, state, [], 48)))!r}"
+    except ModelFolderError as error:
+        return f"no sample: {error}"
+
+
 def generate(run: Path, prompt: str, count: int, temperature: float, top_k: int | None, seed: int) -> Iterator[str]:
     """The text, piece by piece, that the model of a run's or an exported folder writes after `prompt`; the options are
     those of `sample`.
