@@ -16,12 +16,11 @@ from switch_bank.model.features import Documents, EmaSums, documents_of, ema_fea
 from switch_bank.model.folder import ModelFolderError, read_folder
 from switch_bank.model.router import RouterOfLayer, Routers, Routing, RoutingSums
 from switch_bank.ops.attention import BLOCK, build_mask, choose_backend, ring_mask
+from switch_bank.ops.head import IGNORE, chunked_head_losses, soft_cap
 from switch_bank.ops.noise import gumbel
 from switch_bank.schedules import StepState, step_state
 
 SKIPS = {9: 6, 10: 4, 11: 2}  # U-net skips: layer -> the earlier layer whose output it gets
-IGNORE = -100  # target that no loss is taken of
-
 
 PARTS = ("begin", "attend", "context", "noise", "route", "dense", "losses")  # of the forward, each compiled by itself
 
@@ -269,10 +268,9 @@ class SwitchBankGPT(nn.Module):
 
     def losses(self, x: Tensor, targets: Tensor, routings: list[Routing], state: StepState, active: Tensor) -> Output:
         """From the last block's output to the losses."""
-        logits = self.logits(x).float()
-        token_losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
+        loss_sum, token_losses = chunked_head_losses(rms_norm(x).flatten(0, 1), self.head, targets.flatten())
         counted = targets != IGNORE
-        cross_entropy = token_losses.sum() / counted.sum().clamp(min=1)
+        cross_entropy = loss_sum / counted.sum().clamp(min=1)
         loss = cross_entropy
         margins = torch.full_like(token_losses, torch.inf).view_as(targets)
         if self.routers is None:
@@ -288,8 +286,7 @@ class SwitchBankGPT(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """The last block's output [..., D] -> [..., padded vocabulary], softly capped at ±15."""
-        z = F.linear(rms_norm(x), self.head.to(x.dtype))
-        return 15 * z * torch.rsqrt(z.square() + 225)
+        return soft_cap(F.linear(rms_norm(x), self.head.to(x.dtype)))
 
     def _value_embedding(self, layer: int, start: Start) -> Tensor | None:
         """Table i serves layer i of the first and of the last layers."""

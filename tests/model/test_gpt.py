@@ -14,8 +14,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from switch_bank.config import Config, presets
 from switch_bank.model.attention import rms_norm, rotary_tables, self_attention
-from switch_bank.model.gpt import IGNORE, SwitchBankGPT
+from switch_bank.model.gpt import SwitchBankGPT
 from switch_bank.ops.attention import build_mask
+from switch_bank.ops.head import IGNORE
 from switch_bank.schedules import StepState, step_state
 
 ConfigOf, ModelOf = Callable[..., Config], Callable[[Config], SwitchBankGPT]
