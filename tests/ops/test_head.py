@@ -77,4 +77,6 @@ def test_compiled_it_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_cap_is_fifteen_and_next_to_nothing_is_changed() -> None:
     z = torch.tensor([0.0, 0.01, 1e4, -1e4], dtype=torch.float64)
-    torch.testing.assert_close(soft_cap(z), torch.tensor([0.0, 0.01, 15.0, -15.0], dtype=torch.float64), rtol=2e-6, atol=0)
+    torch.testing.assert_close(
+        soft_cap(z), torch.tensor([0.0, 0.01, 15.0, -15.0], dtype=torch.float64), rtol=2e-6, atol=0
+    )
