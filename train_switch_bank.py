@@ -105,6 +105,8 @@ def main(config: Config, world: World) -> None:
     torch.manual_seed(run.seed)
     with device:
         model = SwitchBankGPT(config.model)
+    if run.recompute:
+        model.recompute_layers()
     gradients = distributed.flat_gradients(model.parameters())
     muon, adam = build_optimizers(model, config)
     optim = config.optim

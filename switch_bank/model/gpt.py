@@ -1,6 +1,7 @@
 """SwitchBankGPT: the language model whose layers share one bank of experts."""
 
 import copy
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from switch_bank.config import Config, ModelConfig, compute_dtype
 from switch_bank.model.attention import Ring, attention_matrices, rms_norm, rotary_tables, self_attention
@@ -23,6 +25,7 @@ from switch_bank.schedules import StepState, step_state
 SKIPS = {9: 6, 10: 4, 11: 2}  # U-net skips: layer -> the earlier layer whose output it gets
 
 PARTS = ("begin", "attend", "context", "noise", "route", "dense", "losses")  # of the forward, each compiled by itself
+LAYER_PARTS = ("attend", "route", "dense")  # of them, those that hold the activations of a layer
 
 
 class Start(NamedTuple):
@@ -136,6 +139,12 @@ class SwitchBankGPT(nn.Module):
         output = self.losses(hidden, targets, routings, state, active)
         # Detached here: within a compiled part, a detached twin of the loss makes the loss come out without a gradient.
         return output._replace(cross_entropy=output.cross_entropy.detach(), token_losses=output.token_losses.detach())
+
+    def recompute_layers(self) -> None:
+        """From here on, only the inputs of a layer's parts are kept for the backward, which computes the rest again
+        (Chen et al., arXiv 1604.06174). To be called before `compile`: a part is compiled with its recomputation."""
+        for part in LAYER_PARTS:
+            setattr(self, part, functools.partial(checkpoint, getattr(self, part), use_reentrant=False))
 
     def compile(self) -> None:
         """Compiles the parts of the forward, each without a graph break. What differs between layers reaches a part

@@ -259,6 +259,33 @@ def test_logits_are_softly_capped_at_fifteen(config_of: ConfigOf, model_of: Mode
     assert logits.shape == (4, 128) and 10 < logits.abs().max() < 15
 
 
+@pytest.mark.parametrize("options", [dict(top_k=2, forward_ema=True), dict(experts=1)], ids=readable)
+def test_recomputed_layers_keep_less_and_give_the_same_bits(
+    config_of: ConfigOf, model_of: ModelOf, options: dict[str, Any]
+) -> None:
+    config = config_of(**options)
+    state, tokens, slices = late_state(config), random_tokens(2), torch.tensor([3, 8])
+    losses, gradients, kept = [], [], []
+    for recompute in (False, True):
+        model = model_of(config)
+        if recompute:
+            model.recompute_layers()
+        storages: dict[int, int] = {}
+
+        def keep(tensor: Tensor, storages: dict[int, int] = storages) -> Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = model(tokens, tokens, state, slices, SEED)
+        kept.append(sum(storages.values()))
+        output.loss.backward()
+        losses.append(output.loss.detach())
+        gradients.append(gradients_of(model))
+    assert torch.equal(*losses) and kept[1] < 0.6 * kept[0]
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
 # --- Wiring
 
 
