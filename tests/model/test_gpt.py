@@ -11,12 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
 from switch_bank.config import Config, presets
+from switch_bank.distributed import flat_gradients
 from switch_bank.model.attention import rms_norm, rotary_tables, self_attention
 from switch_bank.model.gpt import SwitchBankGPT
 from switch_bank.ops.attention import build_mask
 from switch_bank.ops.head import IGNORE
+from switch_bank.optim.groups import QuantileClip, build_optimizers, parameter_groups
 from switch_bank.schedules import StepState, step_state
 
 ConfigOf, ModelOf = Callable[..., Config], Callable[[Config], SwitchBankGPT]
@@ -284,6 +287,25 @@ def test_recomputed_layers_keep_less_and_give_the_same_bits(
         gradients.append(gradients_of(model))
     assert torch.equal(*losses) and kept[1] < 0.6 * kept[0]
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_training_step_reads_no_number_back_from_the_device(config_of: ConfigOf, dtype: str) -> None:
+    """A fake tensor has no numbers: to ask for one, or for a shape that hangs on one, raises."""
+    config = config_of(dtype=dtype, forward_ema=True, top_k=2, attention_backend="reference")
+    with FakeTensorMode():
+        state, tokens = step_state(1000, config, "cpu"), torch.zeros(2, TOKENS).long()
+        model = SwitchBankGPT(config.model)
+        with pytest.raises(DataDependentOutputException):
+            state.step.item()
+        flat_gradients(model.parameters())
+        muon, adam = build_optimizers(model, config)
+        clip = QuantileClip(parameter_groups(model)["routers"], quantile=0.1, history=5)
+        output = model(tokens, tokens, state, torch.zeros(2).long(), torch.tensor(0))
+        output.loss.backward()
+        for update in (clip, muon, adam):
+            update.step()
+    assert isinstance(output.loss, FakeTensor) and isinstance(model.head.grad, FakeTensor)
 
 
 # --- Wiring
