@@ -86,7 +86,9 @@ def draw(rows: list[dict[str, Any]], title: str, file: str) -> None:
         ax = axes[place]
         ax.plot(values, speeds, "o-", label="measured")
         ax.plot(values, [row["tokens_per_s"] / row["share_of_bound"] for row in mine], ":", label="the larger limit")
-        ax.set(xscale="log", yscale="log", xlabel=varied.replace("_", "-"), xticks=values, xticklabels=values)
+        ax.set(xscale="log", xlabel=varied.replace("_", "-"), xticks=values, xticklabels=values)
+        ax.set_ylim(bottom=0)
+        ax.yaxis.set_major_formatter("{x:,.0f}")
         ax.set_ylabel("tokens/s, whole step" if varied == "layers" else "tokens/s, one bank layer")
         ax.minorticks_off()
         ax.grid(alpha=0.3)
