@@ -53,6 +53,8 @@ class TrainingStep:
         torch.manual_seed(run.seed)
         with self.device:
             self.model = SwitchBankGPT(config.model)
+        if run.recompute:
+            self.model.recompute_layers()
         self.gradients = distributed.flat_gradients(self.model.parameters())
         self.muon, self.adam = build_optimizers(self.model, config)
         routers = parameter_groups(self.model)["routers"]

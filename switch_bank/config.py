@@ -172,6 +172,7 @@ class RunConfig:
     profile: bool = False  # write a trace of a few steps into the run's folder
     compile: bool = True
     tokens_per_forward: Count = 98_304  # slices go through the model together up to this many tokens
+    recompute: bool = False  # compute a layer's activations again in the backward instead of keeping them
     log_every: Count = 25  # steps
 
 

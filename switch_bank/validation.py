@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from switch_bank.distributed import summed
-from switch_bank.model.gpt import IGNORE, Output
+from switch_bank.model.gpt import Output
 from switch_bank.model.router import RoutingSums
+from switch_bank.ops.head import IGNORE
 from switch_bank.schedules import StepState
 
 

@@ -1,6 +1,7 @@
 """SwitchBankGPT: the language model whose layers share one bank of experts."""
 
 import copy
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from switch_bank.config import Config, ModelConfig, compute_dtype
 from switch_bank.model.attention import Ring, attention_matrices, rms_norm, rotary_tables, self_attention
@@ -16,14 +18,14 @@ from switch_bank.model.features import Documents, EmaSums, documents_of, ema_fea
 from switch_bank.model.folder import ModelFolderError, read_folder
 from switch_bank.model.router import RouterOfLayer, Routers, Routing, RoutingSums
 from switch_bank.ops.attention import BLOCK, build_mask, choose_backend, ring_mask
+from switch_bank.ops.head import IGNORE, chunked_head_losses, soft_cap
 from switch_bank.ops.noise import gumbel
 from switch_bank.schedules import StepState, step_state
 
 SKIPS = {9: 6, 10: 4, 11: 2}  # U-net skips: layer -> the earlier layer whose output it gets
-IGNORE = -100  # target that no loss is taken of
-
 
 PARTS = ("begin", "attend", "context", "noise", "route", "dense", "losses")  # of the forward, each compiled by itself
+LAYER_PARTS = ("attend", "route", "dense")  # of them, those that hold the activations of a layer
 
 
 class Start(NamedTuple):
@@ -137,6 +139,12 @@ class SwitchBankGPT(nn.Module):
         output = self.losses(hidden, targets, routings, state, active)
         # Detached here: within a compiled part, a detached twin of the loss makes the loss come out without a gradient.
         return output._replace(cross_entropy=output.cross_entropy.detach(), token_losses=output.token_losses.detach())
+
+    def recompute_layers(self) -> None:
+        """From here on, only the inputs of a layer's parts are kept for the backward, which computes the rest again
+        (Chen et al., arXiv 1604.06174). To be called before `compile`: a part is compiled with its recomputation."""
+        for part in LAYER_PARTS:
+            setattr(self, part, functools.partial(checkpoint, getattr(self, part), use_reentrant=False))
 
     def compile(self) -> None:
         """Compiles the parts of the forward, each without a graph break. What differs between layers reaches a part
@@ -269,10 +277,9 @@ class SwitchBankGPT(nn.Module):
 
     def losses(self, x: Tensor, targets: Tensor, routings: list[Routing], state: StepState, active: Tensor) -> Output:
         """From the last block's output to the losses."""
-        logits = self.logits(x).float()
-        token_losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
+        loss_sum, token_losses = chunked_head_losses(rms_norm(x).flatten(0, 1), self.head, targets.flatten())
         counted = targets != IGNORE
-        cross_entropy = token_losses.sum() / counted.sum().clamp(min=1)
+        cross_entropy = loss_sum / counted.sum().clamp(min=1)
         loss = cross_entropy
         margins = torch.full_like(token_losses, torch.inf).view_as(targets)
         if self.routers is None:
@@ -288,8 +295,7 @@ class SwitchBankGPT(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """The last block's output [..., D] -> [..., padded vocabulary], softly capped at ±15."""
-        z = F.linear(rms_norm(x), self.head.to(x.dtype))
-        return 15 * z * torch.rsqrt(z.square() + 225)
+        return soft_cap(F.linear(rms_norm(x), self.head.to(x.dtype)))
 
     def _value_embedding(self, layer: int, start: Start) -> Tensor | None:
         """Table i serves layer i of the first and of the last layers."""

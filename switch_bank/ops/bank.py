@@ -97,8 +97,11 @@ def _sorted_by_expert(x: Tensor, w1: Tensor, w2: Tensor, adapter: Adapter, exper
     plan = plan_rows(experts, count)
     rows = _Gather.apply(x, plan.token_of_row, plan.row_of_pick)
     if adapter.scale is not None and adapter.bias is not None:
-        one_hot = F.one_hot(plan.expert_of_row, count).to(x.dtype)  # a product, whose backward is a product too
-        rows = rows * (one_hot @ adapter.scale) + one_hot @ adapter.bias
+        of_block = plan.block_is_of_expert.to(x.dtype)  # in a product, whose backward is a product too
+        scale, bias = ((of_block @ part)[:, None] for part in (adapter.scale, adapter.bias))
+        adapted = (rows.unflatten(0, (-1, ALIGN)) * scale + bias).flatten(0, 1)
+        # For the backward: no gradient is computed of the rows behind the last expert's, so memory has anything there.
+        rows = torch.where((plan.token_of_row < len(x))[:, None], adapted, 0.0)
     ends = plan.ends
     hidden = grouped_mm(rows, w1.mT, ends)
     if adapter.in_down is not None and adapter.in_up is not None:
@@ -146,14 +149,15 @@ _opaque_grouped_mm.register_autograd(_opaque_backward, setup_context=_save_for_b
 class RowPlan(NamedTuple):
     """Where each pick, a (token, k) pair of N tokens and K picks, stands among R rows sorted by expert.
 
-    An expert's rows begin at a multiple of ALIGN; the rows between belong to no pick: their index is one past the end.
+    An expert's rows are whole blocks of ALIGN. Rows that fill up its last block, and those behind the last expert's,
+    belong to no pick: their index is one past the end.
     """
 
     row_of_pick: Tensor  # [N, K] int64
     pick_of_row: Tensor  # [R] int64, N·K where there is none
     token_of_row: Tensor  # [R] int64, N where there is none
-    expert_of_row: Tensor  # [R] int64
-    ends: Tensor  # [E] int32: one past the last row of each expert; the last expert's rows reach to R
+    block_is_of_expert: Tensor  # [R / ALIGN, E] bool
+    ends: Tensor  # [E] int32: one past the last row of each expert
 
 
 # Rows of an expert, rounded up. On a CPU, oneDNN compiles a kernel for each new number of rows, which costs more than
@@ -174,9 +178,9 @@ def plan_rows(experts: Tensor, count: int) -> RowPlan:
     row = (starts - bounds[:-1])[sorted_experts] + torch.arange(picks, device=experts.device)
     row_of_pick = torch.empty_like(pick).scatter_(0, pick, row)
     pick_of_row = pick.new_full((size,), picks).scatter_(0, row, pick)
-    ends[-1] = size
-    expert_of_row = torch.searchsorted(ends, torch.arange(size, device=experts.device), right=True)
-    return RowPlan(row_of_pick.view(tokens, top_k), pick_of_row, pick_of_row // top_k, expert_of_row, ends.int())
+    block = torch.arange(0, size, ALIGN, device=experts.device)[:, None]
+    of_expert = (starts <= block) & (block < ends)
+    return RowPlan(row_of_pick.view(tokens, top_k), pick_of_row, pick_of_row // top_k, of_expert, ends.int())
 
 
 class _Gather(torch.autograd.Function):

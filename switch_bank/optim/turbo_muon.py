@@ -83,7 +83,7 @@ class TurboMuon(torch.optim.Optimizer):
             state["momentum_buffer"] = torch.zeros_like(param)
         buffer = state["momentum_buffer"]
         # As factors of 0 and 1 rather than by selection: one pass over the memory less for each.
-        active = torch.linalg.vector_norm(grad, ord=torch.inf, dim=(-2, -1), keepdim=True).ne(0).to(grad.dtype)
+        active = grad.abs().amax(dim=(-2, -1), keepdim=True).ne(0).to(grad.dtype)
         buffer.lerp_(grad, (1 - momentum) * active)
         return torch.lerp(grad, buffer, momentum).mul_(active) if nesterov else buffer * active
 

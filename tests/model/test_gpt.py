@@ -11,11 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
 from switch_bank.config import Config, presets
+from switch_bank.distributed import flat_gradients
 from switch_bank.model.attention import rms_norm, rotary_tables, self_attention
-from switch_bank.model.gpt import IGNORE, SwitchBankGPT
+from switch_bank.model.gpt import SwitchBankGPT
 from switch_bank.ops.attention import build_mask
+from switch_bank.ops.head import IGNORE
+from switch_bank.optim.groups import QuantileClip, build_optimizers, parameter_groups
 from switch_bank.schedules import StepState, step_state
 
 ConfigOf, ModelOf = Callable[..., Config], Callable[[Config], SwitchBankGPT]
@@ -256,6 +260,52 @@ def test_logits_are_softly_capped_at_fifteen(config_of: ConfigOf, model_of: Mode
     z = rms_norm(hidden) @ model.head.double().T
     torch.testing.assert_close(logits, 15 * z / (z**2 + 225) ** 0.5)
     assert logits.shape == (4, 128) and 10 < logits.abs().max() < 15
+
+
+@pytest.mark.parametrize("options", [dict(top_k=2, forward_ema=True), dict(experts=1)], ids=readable)
+def test_recomputed_layers_keep_less_and_give_the_same_bits(
+    config_of: ConfigOf, model_of: ModelOf, options: dict[str, Any]
+) -> None:
+    config = config_of(**options)
+    state, tokens, slices = late_state(config), random_tokens(2), torch.tensor([3, 8])
+    losses, gradients, kept = [], [], []
+    for recompute in (False, True):
+        model = model_of(config)
+        if recompute:
+            model.recompute_layers()
+        storages: dict[int, int] = {}
+
+        def keep(tensor: Tensor, storages: dict[int, int] = storages) -> Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = model(tokens, tokens, state, slices, SEED)
+        kept.append(sum(storages.values()))
+        output.loss.backward()
+        losses.append(output.loss.detach())
+        gradients.append(gradients_of(model))
+    assert torch.equal(*losses) and kept[1] < 0.6 * kept[0]
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_training_step_reads_no_number_back_from_the_device(config_of: ConfigOf, dtype: str) -> None:
+    """A fake tensor has no numbers: to ask for one, or for a shape that hangs on one, raises."""
+    config = config_of(dtype=dtype, forward_ema=True, top_k=2, attention_backend="reference")
+    with FakeTensorMode():
+        state, tokens = step_state(1000, config, "cpu"), torch.zeros(2, TOKENS).long()
+        model = SwitchBankGPT(config.model)
+        with pytest.raises(DataDependentOutputException):
+            state.step.item()
+        flat_gradients(model.parameters())
+        muon, adam = build_optimizers(model, config)
+        clip = QuantileClip(parameter_groups(model)["routers"], quantile=0.1, history=5)
+        output = model(tokens, tokens, state, torch.zeros(2).long(), torch.tensor(0))
+        output.loss.backward()
+        for update in (clip, muon, adam):
+            update.step()
+    assert isinstance(output.loss, FakeTensor) and isinstance(model.head.grad, FakeTensor)
 
 
 # --- Wiring

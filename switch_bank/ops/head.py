@@ -1,0 +1,73 @@
+"""The softly capped head and its cross-entropy, without the logits of all tokens at once."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CAP = 15.0  # of the logits' magnitude
+CHUNK_LOGITS = 2**27  # that are held at a time, at most: 512 MB of float32
+IGNORE = -100  # target that no loss is taken of
+
+
+def soft_cap(z: Tensor) -> Tensor:
+    """Smoothly within ±CAP: 15·z / sqrt(z² + 225)."""
+    return CAP * z * torch.rsqrt(z.square() + CAP**2)
+
+
+def head_losses(x: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The reference of `chunked_head_losses`, with all logits at once."""
+    logits = soft_cap(F.linear(x, head.to(x.dtype)).to(torch.promote_types(x.dtype, torch.float32)))
+    losses = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
+    return losses.sum(), losses.detach()
+
+
+def chunked_head_losses(x: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """x: [N, D]; head: [V, D], cast to x's dtype; targets: [N] int64 in 0..V-1, or IGNORE.
+
+    Returns the sum of the cross-entropies over the targets (0-dim) and each of them [N], 0 where ignored, both float32
+    (float64 for float64); only the sum has a gradient. A few tokens' logits are held at a time: the gradient, but for
+    the factor that the sum's own gradient is, is computed with them in the forward.
+    """
+    return _ChunkedLosses.apply(x, head, targets)
+
+
+class _ChunkedLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, head, targets):  # type: ignore[no-untyped-def]
+        chunks = math.ceil(len(x) * len(head) / CHUNK_LOGITS)
+        weight = head.to(x.dtype)
+        wants_gradient = any(ctx.needs_input_grad[:2])
+        losses, x_gradients, head_gradient = [], [], None
+        for some_x, some_targets in zip(x.chunk(chunks), targets.chunk(chunks), strict=True):
+            some_losses, z_gradient = _losses_and_gradient(some_x, weight, some_targets)
+            losses.append(some_losses)
+            if wants_gradient:
+                x_gradients.append(z_gradient @ weight)
+                of_chunk = (z_gradient.mT @ some_x).to(head.dtype)
+                head_gradient = of_chunk if head_gradient is None else head_gradient + of_chunk
+        all_losses = torch.cat(losses)
+        ctx.mark_non_differentiable(all_losses)
+        if wants_gradient:
+            ctx.save_for_backward(torch.cat(x_gradients), head_gradient)
+        return all_losses.sum(), all_losses
+
+    @staticmethod
+    def backward(ctx, grad, _):  # type: ignore[no-untyped-def]
+        x_gradient, head_gradient = ctx.saved_tensors
+        return (x_gradient * grad).to(x_gradient.dtype), head_gradient * grad, None
+
+
+def _losses_and_gradient(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Of some tokens: their losses [n], and the gradient of the losses' sum with respect to z = x·weightᵀ [n, V]."""
+    z = F.linear(x, weight).to(torch.promote_types(x.dtype, torch.float32))
+    inverse = torch.rsqrt(z.square() + CAP**2)
+    logits = CAP * z * inverse
+    counted = targets != IGNORE
+    target = torch.where(counted, targets, 0)[:, None]
+    log_sum = logits.logsumexp(-1, keepdim=True)
+    losses = torch.where(counted, (log_sum - logits.gather(-1, target))[:, 0], 0.0)
+    is_target = torch.arange(len(weight), device=x.device) == target
+    gradient = ((logits - log_sum).exp() - is_target.to(z.dtype)) * (CAP**3 * inverse**3)
+    return losses, torch.where(counted[:, None], gradient, 0.0).to(x.dtype)
