@@ -5,6 +5,7 @@ python train_switch_bank.py [PRESET] [--group.option VALUE ...]     torchrun --n
 
 import contextlib
 import dataclasses
+import importlib.util
 import os
 import signal
 import statistics
@@ -348,6 +349,11 @@ def main(config: Config, world: World) -> None:
         f"result: val_loss {validation.loss:.4f} over {validation.tokens} tokens after {steps} steps, "
         f"{seconds:.1f} s of training, seed {run.seed}, resumed {times_resumed} times, {causal} ({folder})"
     )
+    if world.rank == 0 and run.report and importlib.util.find_spec("vl_convert") is not None:
+        from switch_bank.report.page import write_own_report  # only here: vl-convert is an extra
+
+        model.trained_state = last
+        write_own_report(folder, config, model.uncompiled())
 
 
 def experts_start(config: Config, step: int) -> bool:
