@@ -173,6 +173,7 @@ class RunConfig:
     compile: bool = True
     tokens_per_forward: Count = 98_304  # slices go through the model together up to this many tokens
     log_every: Count = 25  # steps
+    track: Literal["none", "trackio", "wandb", "tensorboard"] = "none"  # where metrics are sent to as well
     report: bool = True  # write report.html at the end, where the extra `report` is installed
 
 
