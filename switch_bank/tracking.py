@@ -27,12 +27,12 @@ def start(folder: Path, config: Config) -> Callable[[str, dict[str, Any]], None]
     if tracker == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter  # only here: it imports tensorboard
 
-        writer = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+        writer = SummaryWriter(str(folder / "tensorboard"))
 
         def send(kind: str, values: dict[str, Any]) -> None:
             for name, number in numbers(kind, values).items():
-                writer.add_scalar(name, number, values["step"])  # type: ignore[no-untyped-call]
-            writer.flush()  # type: ignore[no-untyped-call]
+                writer.add_scalar(name, number, values["step"])
+            writer.flush()
 
         return send
     os.environ.setdefault("WANDB_DIR", str(folder))
