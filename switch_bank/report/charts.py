@@ -1,6 +1,7 @@
 """A run's curves and loads as Vega-Lite charts: plain dicts, drawn on the page by its own copy of Vega and as PNG
 pictures by vl-convert. Colours are Okabe and Ito's and purple-orange, which the colour-blind can tell apart."""
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -284,6 +285,6 @@ def _thin(lines: list[dict[str, Any]], most: int = POINTS) -> list[dict[str, Any
     return [lines[round(at)] for at in np.linspace(0, len(lines) - 1, most)]
 
 
-def _short(value: float) -> float:
-    """Five digits are more than a picture shows."""
-    return float(f"{value:.5g}")
+def _short(value: float) -> float | None:
+    """Five digits are more than a picture shows; what is not finite is a gap."""
+    return float(f"{value:.5g}") if math.isfinite(value) else None
