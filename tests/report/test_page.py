@@ -54,6 +54,14 @@ def test_the_page_is_one_small_file_that_loads_nothing(page: Path) -> None:
     assert not re.search(r"<[^>]*\b(src|href)=[\"']?http", source)
 
 
+def test_many_layers_and_experts_still_make_a_small_page(run_of: Callable[..., Path]) -> None:
+    deep = run_of("deep", layers=28, experts=128, expert_width=8)
+    metrics = (deep / "metrics.jsonl").read_text()
+    (deep / "metrics.jsonl").write_text(12 * metrics)  # as many reports as a run of 2,400 steps
+    assert main([str(deep)]) == 0
+    assert 2 * 2**20 < (deep / "report.html").stat().st_size < FIVE_MB
+
+
 @needs_browser
 def test_every_chart_is_drawn_without_network_and_without_complaint(page: Path, shown: Opened) -> None:
     assert shown.console == []
