@@ -32,7 +32,7 @@ if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then preset=$1; shift; fi
 case " $* " in
   *" --data.train"*) ;;  # the user's own shards
   *)
-    if [ "$preset" = nano ]; then
+    if [ "$preset" = nano ] || [ "$preset" = lora_moe ]; then
       [ -e data/local/tokenizer.json ] || .venv/bin/python data/local_text.py
     elif ! compgen -G 'data/fineweb10B/fineweb_train_*.bin' >/dev/null; then
       echo "fetching the FineWeb shards that $preset reads" >&2

@@ -5,6 +5,7 @@ python train_switch_bank.py [PRESET] [--group.option VALUE ...]     torchrun --n
 
 import contextlib
 import dataclasses
+import importlib.util
 import os
 import signal
 import statistics
@@ -24,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from switch_bank import audit, checkpoint, distributed, run_log, schedules
+from switch_bank import audit, checkpoint, distributed, run_log, schedules, tracking
 from switch_bank.clock import TrainingClock
 from switch_bank.config import Config, ConfigError, compute_dtype, from_dict, parse, resumed
 from switch_bank.data import DataError, Shards, TokenStream, validation_batches
@@ -53,6 +54,7 @@ class Stopped(Exception):
 def main(config: Config, world: World) -> None:
     # ---- configuration, and the folder of the run ----------------------------------------------------------------
     config.check(world.size)
+    tracking.require(config.run.track)
     device, run = world.device, config.run
     name = config.preset if config.model.causal else f"{config.preset}-NOT-CAUSAL"
     # torchrun --max-restarts starts all processes anew when one has died: from the last checkpoint, if there is one.
@@ -235,6 +237,7 @@ def main(config: Config, world: World) -> None:
     elif world.rank == 0:
         run_log.write_config(folder, config)
     log.line(f"config {dataclasses.asdict(config)}", console=False)
+    log.track(config)
     log.line(f"{steps} steps of {stream.step_tokens} tokens, {stream.steps_in_one_epoch} an epoch, seed {run.seed}")
     graphs_before = compiled_graphs()
     checkpoints = checkpoint.Writer()
@@ -316,12 +319,15 @@ def main(config: Config, world: World) -> None:
                 line = f"step:{step + 1}/{steps} train_loss:{mean_loss:.4f} train_time:{1000 * seconds:.0f}ms"
                 log.line(f"{line} step_avg:{1000 * average:.2f}ms", console=not log.terminal)
                 speed = stream.step_tokens / average
-                log.progress(f"{line} {speed:,.0f} tokens/s, {average * (steps - step - 1):.0f} s left")
                 values = {"train_loss": mean_loss, "tokens_per_s": speed, "epoch": stream.epoch(step)}
                 log.metrics("train", {"step": step + 1, "train_time_s": seconds} | values)
+                health = ""
                 if model.routers is not None:
                     active = model.routers.active(states[step])
-                    log.metrics("routing", routing_metrics.record("train", step + 1, routing, active, model.routers))
+                    routes = routing_metrics.record("train", step + 1, routing, active, model.routers)
+                    log.metrics("routing", routes)
+                    health = f" health:{routes['health']:.2f}"
+                log.progress(f"{line}{health} {speed:,.0f} tokens/s, {average * (steps - step - 1):.0f} s left")
             if stream.epoch(step + 1) > stream.epoch(step):
                 log.line(f"step:{step + 1}/{steps} the training data starts over: epoch {stream.epoch(step + 1)}")
 
@@ -346,6 +352,11 @@ def main(config: Config, world: World) -> None:
         f"result: val_loss {validation.loss:.4f} over {validation.tokens} tokens after {steps} steps, "
         f"{seconds:.1f} s of training, seed {run.seed}, resumed {times_resumed} times, {causal} ({folder})"
     )
+    if world.rank == 0 and run.report and importlib.util.find_spec("vl_convert") is not None:
+        from switch_bank.report.page import write_own_report  # only here: vl-convert is an extra
+
+        model.trained_state = last
+        write_own_report(folder, config, model.uncompiled())
 
 
 def experts_start(config: Config, step: int) -> bool:

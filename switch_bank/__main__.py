@@ -10,6 +10,7 @@ VERBS = {
     "export": "RUN DIR         safetensors, configuration, tokenizer and a model card",
     "records": "verify|replay   does a log agree with itself, and with another run of its source?",
     "balance": "FILE|RUN        how evenly the experts are used, and what to try",
+    "report": "RUN [RUN ...]   one page with a run's curves, loads and routes, or several compared",
 }
 
 

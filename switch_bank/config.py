@@ -174,6 +174,8 @@ class RunConfig:
     tokens_per_forward: Count = 98_304  # slices go through the model together up to this many tokens
     recompute: bool = False  # compute a layer's activations again in the backward instead of keeping them
     log_every: Count = 25  # steps
+    track: Literal["none", "trackio", "wandb", "tensorboard"] = "none"  # where metrics are sent to as well
+    report: bool = True  # write report.html at the end, where the extra `report` is installed
 
 
 @dataclass(frozen=True)
@@ -399,4 +401,16 @@ presets: dict[str, Config] = {
         run=RunConfig(seconds=180, val_at_seconds=(60, 120, 180), log_every=10),
     ),
     "nano": _nano,
+    # An expert of a layer is one of the bank's, which all layers share, plus a LoRA of the layer's own; 3 of 6 a token.
+    "lora_moe": dataclasses.replace(
+        _nano,
+        preset="lora_moe",
+        model=dataclasses.replace(
+            _nano.model, experts=6, top_k=3, expert_width=128, adapter="lora", window=512, score="softmax",
+        ),
+        schedule=dataclasses.replace(
+            _nano.schedule, activation=((0, 1.0),), gumbel_windows=((0, 600),), prune_at=None, prune_below=0.0,
+        ),
+        data=dataclasses.replace(_nano.data, slice_tokens=512, slices_per_step=8, val_slice_tokens=512),
+    ),
 }  # fmt: skip

@@ -148,7 +148,7 @@ def model_card(run: Path, config: Config, model: SwitchBankGPT, step: int) -> st
     parameters = sum(parameter.numel() for parameter in model.parameters())
     experts = "one expert" if options.experts == 1 else f"{options.experts} experts"
     place = "that all layers share" if options.shared else "in each layer"
-    causal = _verdict(log, config)
+    causal = causal_verdict(log, config)
     title = f"SwitchBank {config.preset}"
     if causal == NOT_CAUSAL:
         title += f", {NOT_CAUSAL}\n\n**It reads tokens to come. Its loss is not that of a language model.**"
@@ -190,8 +190,8 @@ logits = model.predict(tokens)  # [1, T, {options.vocab_size}]: of each next tok
 """
 
 
-def _verdict(log: Log, config: Config) -> str:
-    """The last word is NOT CAUSAL if any check of the run said so."""
+def causal_verdict(log: Log, config: Config) -> str:
+    """What a run's log says of causality. The last word is NOT CAUSAL if any check of the run said so."""
     lines = [line for line in log.lines if line.startswith(("causal: ", NOT_CAUSAL, "result: "))]
     if not config.model.causal or any(NOT_CAUSAL in line for line in lines):
         return NOT_CAUSAL

@@ -38,6 +38,8 @@ def replay(log: Log, steps: int, train: str | None, val: str | None, yes: bool) 
         "run.out": str(folder / "run"), "run.log_every": 1, "run.val_at_seconds": [], "run.checkpoint_every": 0,
         "run.val_at_steps": [step for kind, step in losses if kind == "val"], "run.resume": False, "run.profile": False,
     }  # fmt: skip
+    own: dict[str, Any] = {"run.report": False, "run.track": "none"}
+    options |= {name: value for name, value in own.items() if name in options}  # older sources do not know them
     for split in ("train", "val"):
         if not glob.glob(options[f"data.{split}"], recursive=True):
             raise LogError(f"no file matches {options[f'data.{split}']}: say with --data.{split} where the data lies")

@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib import metadata
 from io import FileIO
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 
+from switch_bank import tracking
 from switch_bank.config import Config, ConfigError, RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,6 +51,7 @@ class RunLog:
     def __init__(self, folder: Path, is_first: bool, mode: Literal["x", "a", "w"] = "x") -> None:
         self.folder, self.is_first = folder, is_first
         self.terminal = is_first and sys.stdout.isatty()
+        self._send: Callable[[str, dict[str, Any]], None] | None = None
         self._files = _open_alone(folder, "xb" if mode == "x" else "ab") if is_first else {}
         if mode == "w":
             self.cut_back(dict.fromkeys(FILES, 0))
@@ -65,6 +68,12 @@ class RunLog:
         """One object of metrics.jsonl: `kind` is train, val or routing."""
         if self.is_first:
             _write(self._files["metrics.jsonl"], json.dumps({"kind": kind} | values))
+            if self._send is not None:
+                self._send(kind, values)
+
+    def track(self, config: Config) -> None:
+        """From here on, metrics go to the tracker of `config` too."""
+        self._send = tracking.start(self.folder, config) if self.is_first else None
 
     def progress(self, text: str) -> None:
         """A line that the next one replaces; on a terminal only."""

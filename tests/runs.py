@@ -26,6 +26,7 @@ def tiny(shards: Path) -> list[str]:
         "nano", "--data.train", f"{shards}/train_*.bin", "--data.val", f"{shards}/val_*.bin",
         "--data.val-tokens", "20001", "--data.slice-tokens", "512", "--data.val-slice-tokens", "512",
         "--data.slices-per-step", "8", "--run.tokens-per-forward", "2048", "--run.no-compile", "--run.log-every", "1",
+        "--run.no-report",
         "--model.vocab-size", "257", "--model.eod-token", str(EOD), "--model.layers", "2", "--model.width", "32",
         "--model.value-embeddings", "1", "--model.heads", "2", "--model.experts", "4", "--model.expert-width", "32",
         "--model.dtype", "float32", "--optim.muon-dtype", "float32", "--model.window", "128",

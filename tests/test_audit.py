@@ -141,7 +141,7 @@ def test_a_run_is_audited_as_it_was_trained(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["namo"], "'namo' is neither a run's folder nor a preset: presets are record, small, nano"),
+        (["namo"], "'namo' is neither a run's folder nor a preset: presets are record, small, nano, lora_moe"),
         (["tests"], "tests holds no model"),
         (["tests", "--model.layers", "2"], "--model.layers cannot be changed: the run in tests"),
         (["nano", "--model.layers", "1000"], "model.layers is 1000: it must be in 1..512"),

@@ -45,7 +45,7 @@ def changed(config: Config, group: str, **options: Any) -> Config:
 # Presets
 
 
-@pytest.mark.parametrize("name", ["record", "small", "nano"])
+@pytest.mark.parametrize("name", ["record", "small", "nano", "lora_moe"])
 def test_every_preset_can_run_and_knows_its_name(name: str) -> None:
     assert presets[name].check() is presets[name]
     assert presets[name].preset == name

@@ -1,10 +1,14 @@
 """The run as a user starts it: it learns, logs, validates, and refuses what cannot work."""
 
+import contextlib
 import email
 import json
 import math
+import os
+import pty
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,7 +19,18 @@ from switch_bank.config import from_dict
 from switch_bank.data import Shards, validation_batches, write_shard
 from switch_bank.model.gpt import SwitchBankGPT
 from switch_bank.schedules import step_state
-from tests.runs import ACROSS_PROCESSES, EOD, ROOT, byte_documents, losses, records, tiny, train
+from tests.runs import (
+    ACROSS_PROCESSES,
+    EOD,
+    ROOT,
+    byte_documents,
+    command,
+    environment,
+    losses,
+    records,
+    tiny,
+    train,
+)
 
 
 def test_the_model_learns(finished):
@@ -51,6 +66,21 @@ def test_the_final_loss_is_that_of_the_saved_weights_computed_plainly(finished, 
         for inputs, targets in validation_batches(val, 20_001, 512, 1, 0, 1, EOD, "cpu"):
             total += model(inputs, targets, step_state(50, config, "cpu")).token_losses.double().sum().item()
     assert total / 20_001 == pytest.approx(records(finished[0], "val")[-1]["val_loss"], abs=1e-6)
+
+
+def test_a_terminal_shows_a_live_line_with_loss_clock_health_and_speed(shards, tmp_path):
+    ours, theirs = pty.openpty()
+    run = command([*tiny(shards), "--run.steps", "2"], tmp_path / "run")
+    shown = b""
+    with subprocess.Popen(run, stdout=theirs, env=environment(tmp_path / "run")) as process:
+        os.close(theirs)
+        with contextlib.suppress(OSError):  # what Linux says at the end of a terminal that was closed
+            while piece := os.read(ours, 2**16):
+                shown += piece
+    os.close(ours)
+    assert process.returncode == 0
+    line = rb"step:2/2 train_loss:\d\.\d{4} train_time:\d+ms health:[01]\.\d\d [\d,]+ tokens/s, 0 s left"
+    assert re.search(rb"\r\x1b\[K" + line, shown)
 
 
 def test_profiling_writes_a_trace(finished):

@@ -110,14 +110,24 @@ class SwitchBankGPT(nn.Module):
         tokens: [B, T] int64; documents begin with `config.eod_token`. Row t depends on tokens 0..t alone, unless
         the model is leaky.
         """
+        hidden, _ = self._read(tokens)
+        return self.logits(hidden).float()[..., : self.config.vocab_size]
+
+    @torch.no_grad()
+    def routes(self, tokens: Tensor) -> list[Routing]:
+        """Where each layer of a trained model in eval mode sends tokens [B, T] int64, read as `predict` reads them."""
+        return self._read(tokens)[1]
+
+    def _read(self, tokens: Tensor) -> tuple[Tensor, list[Routing]]:
+        """`trunk` in the state that the weights were trained to."""
         if self.trained_state is None:
             raise RuntimeError("this model is not trained: load one with SwitchBankGPT.from_folder")
         backend, length = self.attention_backend, tokens.shape[1]
         window = int(self.trained_state.window) if backend == "flash" else None
         if backend == "flex":  # which takes whole blocks
             tokens = F.pad(tokens, (0, -length % BLOCK), value=self.config.eod_token)
-        hidden, _, _ = self.trunk(tokens, self.trained_state, window=window)
-        return self.logits(hidden[:, :length]).float()[..., : self.config.vocab_size]
+        hidden, routings, _ = self.trunk(tokens, self.trained_state, window=window)
+        return hidden[:, :length], [Routing(*(part[:, :length] for part in routing)) for routing in routings]
 
     @property
     def attention_backend(self) -> str:
