@@ -33,6 +33,14 @@ ABLATIONS = {
             for balance in ("aux", "bias")
         },
     ),
+    # At equal steps. The dense model's embedding rate is the best of the four settings of rates tried for it.
+    "dense": Ablation(
+        "nano",
+        {
+            "bank": [],
+            "dense": ["--model.experts", "1", "--model.adapter", "none", "--optim.embedding-lr", "0.1"],
+        },
+    ),
 }
 
 
