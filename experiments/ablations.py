@@ -5,6 +5,7 @@ python -m experiments.ablations NAME [--steps N] [--seconds S] [--seeds N] [--ou
 
 import argparse
 import json
+import math
 import shlex
 import subprocess
 import sys
@@ -73,6 +74,11 @@ def figures(folder: Path) -> dict[str, float]:
     return found
 
 
+def _without_infinity(run: dict[str, float]) -> dict[str, float | None]:
+    """JSON has no infinity: null where an expert was never picked."""
+    return {name: value if math.isfinite(value) else None for name, value in run.items()}
+
+
 HEADER = ["", "val loss", "spread", "CV", "max/min", "health", "least used", "training, s"]
 
 
@@ -134,8 +140,9 @@ def main(arguments: list[str]) -> int:
     command = shlex.join(["python", "-m", "experiments.ablations", *arguments])
     text = as_markdown(given.name, command, table(results))
     (out / f"{given.name}.md").write_text(text, encoding="utf-8")
-    saved: dict[str, Any] = {"command": command, "preset": ablation.preset, "ways": ablation.ways, "results": results}
-    (out / f"{given.name}.json").write_text(json.dumps(saved, indent=1), encoding="utf-8")
+    plain = {way: [_without_infinity(run) for run in runs] for way, runs in results.items()}
+    saved: dict[str, Any] = {"command": command, "preset": ablation.preset, "ways": ablation.ways, "results": plain}
+    (out / f"{given.name}.json").write_text(json.dumps(saved, indent=1, allow_nan=False), encoding="utf-8")
     print(f"\n{text}\n{out}: written", flush=True)
     return 0
 

@@ -41,7 +41,10 @@ def as_html(runs: list[Run], microscope: Microscope | None, absent: str) -> str:
     }
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
     scripts = [f'<script type="application/json" id="data">{_json(data)}</script>']
-    scripts += [f"<script>{script}</script>" for script in (vl_convert.javascript_bundle(), _read("page.js"))]
+    scripts += [
+        f"<script>{script}</script>"
+        for script in (vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"), _read("page.js"))
+    ]
     return "\n".join(
         ["<!DOCTYPE html>", f'<html lang="en"><head>{head}<style>{_read("page.css")}</style></head>', "<body>", *body]
         + [*scripts, "</body></html>", ""]
