@@ -30,6 +30,7 @@ def tiny(shards: Path) -> list[str]:
         "--model.vocab-size", "257", "--model.eod-token", str(EOD), "--model.layers", "2", "--model.width", "32",
         "--model.value-embeddings", "1", "--model.heads", "2", "--model.experts", "4", "--model.expert-width", "32",
         "--model.dtype", "float32", "--optim.muon-dtype", "float32", "--model.window", "128",
+        "--optim.router-lr", "0.01",  # margins grow soon, so that no rounding flips a route: runs can be compared
         "--run.val-at-seconds",  # at none: what a run does must not depend on the machine's speed
     ]  # fmt: skip
 
