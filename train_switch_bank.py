@@ -34,6 +34,7 @@ from switch_bank.generate import sample_line
 from switch_bank.model.gpt import SwitchBankGPT
 from switch_bank.model.router import RoutingSums
 from switch_bank.model.size import size_table
+from switch_bank.numerics import set_numerics
 from switch_bank.optim.groups import QuantileClip, build_optimizers, parameter_groups, set_rates
 from switch_bank.routing_metrics import RoutingMetrics
 from switch_bank.validation import least_share, validate
@@ -98,10 +99,7 @@ def main(config: Config, world: World) -> None:
         log.line(f"data {path} tokens {tokens} sha256 {sha256}", console=False)
 
     # ---- model and optimizers ------------------------------------------------------------------------------------
-    if device.type == "cpu":
-        torch.use_deterministic_algorithms(True)  # the same seed and processes give the same bits
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.set_float32_matmul_precision("high")
+    set_numerics(device)
     torch.manual_seed(run.seed)
     with device:
         model = SwitchBankGPT(config.model)

@@ -1,7 +1,9 @@
 """How things are timed here, and what the machine can do at most."""
 
+import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from switch_bank.config import Config, ConfigError, parse
+from switch_bank.numerics import set_numerics
 from switch_bank.run_log import cpu_name
 
 FEWEST, MOST = 5, 200  # repetitions
@@ -19,12 +23,30 @@ HEAD_START = 40_000_000  # GPU clock cycles, some 20 ms: for the host to queue a
 def start_device() -> torch.device:
     """The GPU where there is one, and torch set up for it as the trainer does."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.set_float32_matmul_precision("high")
+    set_numerics(device)
     torch._dynamo.config.recompile_limit = 256  # one function takes many shapes here
     return device
+
+
+def preset_options(
+    program: str, description: str, seconds: float, seconds_of: str, json_of: str
+) -> tuple[argparse.Namespace, torch.device, Config]:
+    """The command line of a benchmark of a whole preset: [PRESET] [--group.option VALUE ...] [--seconds S] [--json].
+    The device is set up. Exits with code 2 where a value cannot work."""
+    parser = argparse.ArgumentParser(
+        prog=program, description=description, allow_abbrev=False,
+        epilog="PRESET and --group.option VALUE are those of train_switch_bank.py.",
+    )  # fmt: skip
+    parser.add_argument("--seconds", type=float, default=seconds, help=f"{seconds_of}; at least 5 repetitions")
+    parser.add_argument("--json", action="store_true", help=json_of)
+    options, rest = parser.parse_known_args()
+    device = start_device()
+    try:
+        config = parse(rest, default_preset="record" if device.type == "cuda" else "nano").check()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    return options, device, config
 
 
 def device_name(device: torch.device) -> str:

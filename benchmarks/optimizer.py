@@ -3,7 +3,6 @@
 python -m benchmarks.optimizer [PRESET] [--group.option VALUE ...] [--seconds S] [--json]
 """
 
-import argparse
 import statistics
 import sys
 from collections.abc import Callable
@@ -12,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import alternate, device_name, quartiles, random_like, show, start_device
-from switch_bank.config import Config, ConfigError, compute_dtype, parse
+from benchmarks.measure import alternate, device_name, preset_options, quartiles, random_like, show
+from switch_bank.config import Config, compute_dtype
 from switch_bank.model.gpt import SwitchBankGPT
 from switch_bank.ops.orthogonalize import POLYNOMIALS, Variant, orthogonalize
 from switch_bank.optim.groups import parameter_groups
@@ -130,19 +129,9 @@ def measure(config: Config, device: torch.device, seconds: float) -> list[dict[s
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.optimizer", description=__doc__.splitlines()[0], allow_abbrev=False,
-        epilog="PRESET and --group.option VALUE are those of train_switch_bank.py.",
-    )  # fmt: skip
-    parser.add_argument("--seconds", type=float, default=10.0, help="for all; at least 5 repetitions")
-    parser.add_argument("--json", action="store_true", help="an object a line")
-    options, rest = parser.parse_known_args()
-    device = start_device()
-    try:
-        config = parse(rest, default_preset="record" if device.type == "cuda" else "nano").check()
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    options, device, config = preset_options(
+        "python -m benchmarks.optimizer", __doc__.splitlines()[0], 10.0, "for all", "an object a line"
+    )
     torch.manual_seed(0)
     for row in measure(config, device, options.seconds):
         errors = ", ".join(f"{spectrum} {error:.4f}" for spectrum, error in row["orthogonality_error"].items())

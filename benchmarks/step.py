@@ -3,7 +3,6 @@
 python -m benchmarks.step [PRESET] [--group.option VALUE ...] [--seconds S] [--json]
 """
 
-import argparse
 import itertools
 import math
 import multiprocessing
@@ -22,9 +21,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.measure import alternate, device_name, matmul_peak, quartiles, show, start_device, wall_time
+from benchmarks.measure import (
+    alternate,
+    device_name,
+    matmul_peak,
+    preset_options,
+    quartiles,
+    show,
+    start_device,
+    wall_time,
+)
 from switch_bank import distributed, schedules
-from switch_bank.config import Config, ConfigError, ModelConfig, compute_dtype, parse
+from switch_bank.config import Config, ModelConfig, compute_dtype
 from switch_bank.data import Shards, TokenStream, write_shard
 from switch_bank.model.features import documents_of
 from switch_bank.model.gpt import SwitchBankGPT
@@ -237,19 +245,9 @@ def measure(config: Config, world: distributed.World, seconds: float) -> dict[st
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.step", description=__doc__.splitlines()[0], allow_abbrev=False,
-        epilog="PRESET and --group.option VALUE are those of train_switch_bank.py.",
-    )  # fmt: skip
-    parser.add_argument("--seconds", type=float, default=20.0, help="for both; at least 5 repetitions")
-    parser.add_argument("--json", action="store_true", help="one object")
-    options, rest = parser.parse_known_args()
-    device = start_device()
-    try:
-        config = parse(rest, default_preset="record" if device.type == "cuda" else "nano").check()
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    options, _, config = preset_options(
+        "python -m benchmarks.step", __doc__.splitlines()[0], 20.0, "for both", "one object"
+    )
     if config.run.steps is not None:
         config = config.with_steps(config.run.steps)
     row = measure(config, distributed.start(), options.seconds)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from switch_bank.balance.statistics import spread
+from switch_bank.balance.statistics import fair_multiples, spread
 
 TRAINER = Path(__file__).resolve().parent.parent / "train_switch_bank.py"
 
@@ -70,7 +70,7 @@ def figures(folder: Path) -> dict[str, float]:
         counts = np.array(routing[-1]["counts"], dtype=np.float64)[:, routing[-1]["active"]]
         of_layers, bank = spread(counts), counts.sum(0)
         found |= {"cv": float(of_layers.cv.mean()), "max_min": float(of_layers.max_min.mean())}
-        found |= {"health": routing[-1]["health"], "least_used": float(bank.min() / bank.mean())}
+        found |= {"health": routing[-1]["health"], "least_used": float(fair_multiples(bank).min())}
     return found
 
 

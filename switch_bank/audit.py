@@ -22,6 +22,7 @@ from switch_bank.checkpoint import CheckpointError
 from switch_bank.config import Config, ConfigError, compute_dtype, parse, presets
 from switch_bank.model.folder import ModelFolderError
 from switch_bank.model.gpt import SwitchBankGPT
+from switch_bank.numerics import set_numerics
 from switch_bank.run_log import ROOT
 from switch_bank.schedules import StepState
 
@@ -159,10 +160,7 @@ def main(arguments: list[str]) -> int:
         windows = schedules.attention_windows(config.model.window)
     # As the trainer sets it, so that the real path is its own, compiled code of an earlier run included.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / ".cache" / "inductor"))
-    if device.type == "cpu":
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.set_float32_matmul_precision("high")
+    set_numerics(device)
     if config.run.compile:
         model.compile()
     count = sum(parameter.numel() for parameter in model.parameters())
