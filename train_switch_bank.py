@@ -116,7 +116,8 @@ def main(config: Config, world: World) -> None:
     if saved is None:
         dtype = compute_dtype(config.model.dtype, device)
         log.line(f"name: {name}\nfolder: {folder}\n{size_table(model, data.slice_tokens)}")
-        log.line(f"attention {model.attention_backend}, activations {dtype}, {optim.muon} Muon in {muon.dtype}")
+        backends = f"attention {model.attention_backend}, bank {model.bank_backend}"
+        log.line(f"{backends}, activations {dtype}, {optim.muon} Muon in {muon.dtype}")
 
     def window_of(step: int) -> int | None:
         """The window as a Python int for attention kernels that are compiled for one; else it is in the StepState."""

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.measure import alternate, dense_ffn, device_name, quartiles, random_like, show, start_device
 from switch_bank.config import ModelConfig
-from switch_bank.model.bank import Bank
+from switch_bank.model.bank import Bank, Experts
 from switch_bank.model.router import Routers
 from switch_bank.ops.bank import Adapter, expert_ffn
 from switch_bank.schedules import StepState
@@ -28,11 +28,12 @@ class Shape(NamedTuple):
     expert_width: int
     experts: int
     top_k: int
+    layers: int = 1  # that share the bank
 
 
 SHAPES = {
-    "record": [Shape(12_288, 896, 1024, experts, 1) for experts in (8, 64)],  # one slice, as on each of 8 GPUs
-    "nano": [Shape(4096, 128, 256, 16, 1)],
+    "record": [Shape(12_288, 896, 1024, experts, 1, 28) for experts in (8, 64)],  # one slice, as on each of 8 GPUs
+    "nano": [Shape(4096, 128, 256, 16, 1, 4)],
 }
 ROUTINGS = ("balanced", "skewed")
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # as a share of a tensor's largest value
@@ -68,7 +69,9 @@ class BankLayer:
             around, scale = (name == "adapters.scale"), 0.3 if "adapters" in name else parameter.shape[-1] ** -0.5
             parameter.data.copy_(around + scale * torch.randn_like(parameter))
             parameter.grad = torch.zeros_like(parameter)
-        self.forward = torch.compile(self.bank.forward, fullgraph=True, dynamic=False, disable=not compile)
+        self.backend = self.bank.backend(dtype, shape.tokens)
+        eager = not compile or self.backend == "avx512"  # which is compiled already
+        self.forward = torch.compile(self.bank.forward, fullgraph=True, dynamic=False, disable=eager)
         self.route = torch.compile(self.routers.forward, fullgraph=True, dynamic=False, disable=not compile)
         tokens = (1, shape.tokens)
         self.n = random_like((*tokens, shape.width), device, dtype).requires_grad_()
@@ -81,10 +84,23 @@ class BankLayer:
         self.active = torch.ones(shape.experts, dtype=torch.bool, device=device)
 
     def step(self, chosen: Tensor, direction: Tensor) -> Tensor:
-        """Forward and backward. Gradients of n and of the gates are new; those of parameters are added to what is
-        there, as in a model, where every layer adds its own to the bank's."""
+        """Forward and backward of a model that has this layer alone. Gradients of n and of the gates are new; those of
+        parameters are added to what is there."""
+        return self._step(self.experts(), chosen, direction)
+
+    def experts(self) -> Experts:
+        return self.bank.of_layers(self.backend, self.dtype)[0]
+
+    def shared_step(self, experts: Experts, chosen: Tensor, direction: Tensor) -> Tensor:
+        """`step` as one more layer adds it to a forward that has arranged the experts already."""
+        if experts.arranged is not None:
+            link = torch.zeros((), requires_grad=True)  # no gradient goes on from here to the parameters
+            experts = experts._replace(arranged=experts.arranged._replace(link=link))
+        return self._step(experts, chosen, direction)
+
+    def _step(self, experts: Experts, chosen: Tensor, direction: Tensor) -> Tensor:
         self.n.grad = self.gates.grad = None
-        y = self.forward(self.bank.of_layers()[0], self.n, chosen, self.gates)
+        y = self.forward(experts, self.n, chosen, self.gates)
         y.backward(direction)
         return y.detach()
 
@@ -132,7 +148,7 @@ def largest_error(layer: BankLayer, chosen: Tensor) -> float:
         return value.grad
 
     n, gates = rounded(layer.n[0, sample]), rounded(layer.gates[0, sample])
-    w1, w2, adapter = layer.bank.of_layers()[0]
+    w1, w2, adapter, _ = layer.experts()
     assert adapter.scale is not None and adapter.bias is not None
     # One leaf an expert: the gradient of a slice of them all would be as large as they all, for each.
     experts = [
@@ -161,19 +177,26 @@ def largest_error(layer: BankLayer, chosen: Tensor) -> float:
 def measure(layer: BankLayer, dense: DenseLayer, routing: str, error: float, seconds: float) -> dict[str, Any]:
     """One row: medians of one layer's forward and backward, in ms."""
     drawn = itertools.cycle([routes(routing, layer.shape, layer.device) for _ in range(DRAWN)])
+    experts = layer.experts()
     functions: dict[str, Callable[[], object]] = {
         "dense": dense.step,
-        "bank": lambda: layer.step(next(drawn), layer.direction),
+        "alone": lambda: layer.step(next(drawn), layer.direction),
         "router": layer.router_step,
     }
+    if experts.arranged is not None:
+        functions["shared"] = lambda: layer.shared_step(experts, next(drawn), layer.direction)
     times = alternate(functions, layer.device, seconds, warm_up=DRAWN)
-    dense_ms, bank_ms, router_ms = (statistics.median(times[name]) for name in ("dense", "bank", "router"))
+    medians = {name: statistics.median(of_name) for name, of_name in times.items()}
+    own = times.get("shared", times["alone"])
+    once = medians["alone"] - statistics.median(own)  # for all layers: arranging the experts, adding up their gradients
+    dense_ms, bank_ms = medians["dense"], statistics.median(own) + once / layer.shape.layers
     return {
         "device": device_name(layer.device), "dtype": str(layer.dtype).removeprefix("torch."),
         "shape": layer.shape._asdict(), "routing": routing,
         "dense_ms": dense_ms, "bank_ms": bank_ms, "ratio": bank_ms / dense_ms,
-        "dense_quartiles_ms": quartiles(times["dense"]), "bank_quartiles_ms": quartiles(times["bank"]),
-        "router_ms": router_ms, "repetitions": len(times["bank"]), "largest_error": error,
+        "dense_quartiles_ms": quartiles(times["dense"]), 
+        "bank_quartiles_ms": [round(value + once / layer.shape.layers, 4) for value in quartiles(own)],
+        "alone_ms": medians["alone"], "router_ms": medians["router"], "repetitions": len(own), "largest_error": error,
     }  # fmt: skip
 
 
@@ -194,7 +217,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bank", description=__doc__.splitlines()[0])
     parser.add_argument("--presets", nargs="+", choices=SHAPES, default=list(SHAPES), help="whose shapes")
     parser.add_argument("--experts", nargs="+", type=int, help="instead of the preset's")
-    for option in ("tokens", "width", "expert-width", "top-k"):
+    for option in ("tokens", "width", "expert-width", "top-k", "layers"):
         parser.add_argument(f"--{option}", type=int, help="instead of the preset's")
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], help="default: all that the device has")
     parser.add_argument("--routings", nargs="+", choices=ROUTINGS, default=list(ROUTINGS))
@@ -203,7 +226,7 @@ def main() -> int:
     parser.add_argument("--profile", action="store_true", help="also print to stderr what each operation costs")
     parser.add_argument("--json", action="store_true", help="an object a line")
     options = parser.parse_args()
-    given = {name: getattr(options, name) for name in ("tokens", "width", "expert_width", "top_k")}
+    given = {name: getattr(options, name) for name in ("tokens", "width", "expert_width", "top_k", "layers")}
     given = {name: value for name, value in given.items() if value is not None}
     shapes = [shape._replace(**given) for preset in options.presets for shape in SHAPES[preset]]
     if options.experts:
@@ -228,7 +251,8 @@ def main() -> int:
                     row = measure(layer, dense, routing, error, options.seconds)
                     text = " ".join(f"{name}={size}" for name, size in row["shape"].items())
                     text = f"{row['dtype']:<9}{text}  {routing:<9} dense {row['dense_ms']:.2f} ms  bank"
-                    text += f" {row['bank_ms']:.2f} ms  ratio {row['ratio']:.3f}  (router {row['router_ms']:.2f} ms)"
+                    text += f" {row['bank_ms']:.2f} ms  ratio {row['ratio']:.3f}  (alone {row['alone_ms']:.2f} ms,"
+                    text += f" router {row['router_ms']:.2f} ms)"
                     show(row, options.json, text)
                     if options.profile:
                         print_profile(layer, dense, routing)

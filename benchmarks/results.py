@@ -34,8 +34,9 @@ SCHEMA: dict[str, Any] = {
     }],
     "bank": [{
         "device": str, "dtype": str, "routing": str, "repetitions": int,
-        "shape": {"tokens": int, "width": int, "expert_width": int, "experts": int, "top_k": int},
-        "dense_ms": NUMBER, "bank_ms": NUMBER, "ratio": NUMBER, "router_ms": NUMBER, "largest_error": NUMBER,
+        "shape": {"tokens": int, "width": int, "expert_width": int, "experts": int, "top_k": int, "layers": int},
+        "dense_ms": NUMBER, "bank_ms": NUMBER, "ratio": NUMBER, "alone_ms": NUMBER, "router_ms": NUMBER,
+        "largest_error": NUMBER,
         "dense_quartiles_ms": [NUMBER], "bank_quartiles_ms": [NUMBER],
     }],
     "step": [{

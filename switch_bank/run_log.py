@@ -136,13 +136,14 @@ def write_config(folder: Path, config: Config) -> None:
 
 
 def source_files() -> dict[str, str]:
-    """The text of the trainer and of every module of the package, by its path from the repository's root."""
-    files = [ROOT / "train_switch_bank.py", *sorted((ROOT / "switch_bank").rglob("*.py"))]
+    """The text of the trainer and of every file of the package, by its path from the repository's root."""
+    package = [file for file in (ROOT / "switch_bank").rglob("*") if file.suffix in (".py", ".cpp", ".css", ".js")]
+    files = [ROOT / "train_switch_bank.py", *sorted(package)]
     return {file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8") for file in files}
 
 
 def source() -> str:
-    """The trainer and every module of the package, each under a line with its name."""
+    """The trainer and every file of the package, each under a line with its name."""
     return "\n".join(f"===== {name}\n{text}" for name, text in source_files().items())
 
 

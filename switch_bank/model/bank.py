@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from switch_bank.config import ModelConfig
+from switch_bank.ops import bank_cpu
 from switch_bank.ops.bank import Adapter, choose_backend, expert_ffn
 
 
@@ -15,6 +16,7 @@ class Experts(NamedTuple):
     w1: Tensor  # [E, F, D]
     w2: Tensor  # [E, D, F]
     adapter: Adapter  # parts [E, ...]
+    arranged: bank_cpu.Arranged | None = None  # w1 and w2 as the kernel of backend "avx512" reads them
 
 
 class Bank(nn.Module):
@@ -44,20 +46,35 @@ class Bank(nn.Module):
             self.adapters["out_down"] = nn.Parameter(torch.randn(*of_layer, rank, hidden) * hidden**-0.5)
             self.adapters["out_up"] = nn.Parameter(torch.zeros(*of_layer, width, rank))
 
-    def of_layers(self) -> list[Experts]:
-        """One Experts a layer; unbound together, so that their gradients are stacked once, not added up."""
+    def backend(self, dtype: torch.dtype, tokens: int) -> str:
+        """How the experts' products are computed for `tokens` tokens of `dtype`."""
+        config = self.config
+        plain = config.adapter != "lora" and config.width % 2 == config.expert_width % 2 == 0
+        return choose_backend(config.bank_backend, dtype, tokens, self.w1.device.type, plain)
+
+    def of_layers(self, backend: str, dtype: torch.dtype) -> list[Experts]:
+        """One Experts a layer, for products by `backend` in `dtype`; unbound together, so that their gradients are
+        stacked once, not added up."""
         layers, count = self.config.layers, self.config.experts
-        w1 = [self.w1] * layers if self.config.shared else self.w1.split(count)
-        w2 = [self.w2] * layers if self.config.shared else self.w2.split(count)
+        size = len(self.w1) if self.config.shared else count
+        sets = list(zip(self.w1.split(size), self.w2.split(size), strict=True))
+        arranged = [bank_cpu.arrange(w1, w2, dtype) if backend == "avx512" and count > 1 else None for w1, w2 in sets]
+        matrices = [(*own, kernel) for own, kernel in zip(sets, arranged, strict=True)]
+        if self.config.shared:
+            matrices *= layers
         parts = {name: part.unbind() for name, part in self.adapters.items()}
         adapters = [Adapter(**{name: part[i] for name, part in parts.items()}) for i in range(layers)]
-        return [Experts(*of_layer) for of_layer in zip(w1, w2, adapters, strict=True)]
+        return [Experts(w1, w2, own, kernel) for (w1, w2, kernel), own in zip(matrices, adapters, strict=True)]
 
     def forward(self, experts: Experts, n: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
         """n: [B, T, D]; chosen [B, T, K] int64 and gates [B, T, K] as in `Routing`. Returns [B, T, D] in n's dtype."""
         rows, chosen, gates = n.flatten(0, 1), chosen.flatten(0, 1), gates.flatten(0, 1)
-        backend = choose_backend(self.config.bank_backend, n.dtype, len(rows))
-        y = expert_ffn(backend, rows, experts.w1, experts.w2, experts.adapter, chosen, gates)
+        backend = self.backend(n.dtype, len(rows))
+        w1, w2, adapter, arranged = experts
+        if arranged is not None:
+            y = bank_cpu.expert_ffn(rows, arranged, adapter.scale, adapter.bias, chosen, gates)
+        else:
+            y = expert_ffn(backend, rows, w1, w2, adapter, chosen, gates)
         if self.config.always_on_expert:
             all_to_one = torch.zeros_like(chosen[:, :1])
             ungated = torch.ones_like(gates[:, :1])

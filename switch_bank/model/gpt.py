@@ -18,14 +18,16 @@ from switch_bank.model.features import Documents, EmaSums, documents_of, ema_fea
 from switch_bank.model.folder import ModelFolderError, read_folder
 from switch_bank.model.router import RouterOfLayer, Routers, Routing, RoutingSums
 from switch_bank.ops.attention import BLOCK, build_mask, choose_backend, ring_mask
+from switch_bank.ops.bank import MANY
 from switch_bank.ops.head import IGNORE, chunked_head_losses, soft_cap
 from switch_bank.ops.noise import gumbel
 from switch_bank.schedules import StepState, step_state
 
 SKIPS = {9: 6, 10: 4, 11: 2}  # U-net skips: layer -> the earlier layer whose output it gets
 
-PARTS = ("begin", "attend", "context", "noise", "route", "dense", "losses")  # of the forward, each compiled by itself
-LAYER_PARTS = ("attend", "route", "dense")  # of them, those that hold the activations of a layer
+# Of the forward, each compiled by itself.
+PARTS = ("begin", "attend", "context", "noise", "route", "feed_forward", "dense", "losses")
+LAYER_PARTS = ("attend", "route", "feed_forward", "dense")  # of them, those that hold the activations of a layer
 
 
 class Start(NamedTuple):
@@ -134,6 +136,11 @@ class SwitchBankGPT(nn.Module):
         device = self.head.device
         return choose_backend(self.config.attention_backend, device, compute_dtype(self.config.dtype, device))
 
+    @property
+    def bank_backend(self) -> str:
+        """Of a forward of slices; one of a few tokens may take another."""
+        return self.bank.backend(compute_dtype(self.config.dtype, self.head.device), MANY)
+
     def forward(
         self,
         tokens: Tensor,
@@ -162,6 +169,8 @@ class SwitchBankGPT(nn.Module):
         # Kinds of layers, shapes, training and validation make a graph each: more than the 8 that dynamo lets pass.
         torch._dynamo.config.recompile_limit = 256
         for part in PARTS:
+            if part == "feed_forward" and self.bank_backend == "avx512":
+                continue  # is compiled already
             setattr(self, part, torch.compile(getattr(self, part), fullgraph=True, dynamic=False))
 
     def uncompiled(self) -> "SwitchBankGPT":
@@ -185,7 +194,8 @@ class SwitchBankGPT(nn.Module):
         config = self.config
         start = self.begin(tokens, state, window, past)
         x = start.x0
-        bank, scalars = self.bank.of_layers(), self.scalars.unbind()
+        scalars = self.scalars.unbind()
+        bank = self.bank.of_layers(self.bank.backend(x.dtype, tokens.numel()), x.dtype)
         routers = None if self.routers is None else self.routers.of_layers()
         layer_index = torch.arange(config.layers, device=tokens.device).unbind()
         noise = None
@@ -212,7 +222,8 @@ class SwitchBankGPT(nn.Module):
                 if seed is not None and slices is not None:
                     noise = self.noise(seed, state, slices, tokens.shape[1], layer_index[layer])
                 of_layer = context[layer % config.ema_stride] if context else None
-                x, routing = self.route(x, n, routers[layer], bank[layer], of_layer, state, start.active, noise)
+                routing = self.route(n, routers[layer], of_layer, state, start.active, noise)
+                x = self.feed_forward(x, n, bank[layer], routing.experts, routing.gates)
                 routings.append(routing)
             outputs.append(x)
         return x, routings, start.active
@@ -272,16 +283,19 @@ class SwitchBankGPT(nn.Module):
         return gumbel(seed, state.step, slices, tokens, layer, self.config.experts)
 
     def route(
-        self, x: Tensor, n: Tensor, router: RouterOfLayer, experts: Experts, context: Tensor | None, state: StepState,
-        active: Tensor, noise: Tensor | None,
-    ) -> tuple[Tensor, Routing]:  # fmt: skip
-        """A block from its router on: x plus the bank's output, and the routes."""
+        self, n: Tensor, router: RouterOfLayer, context: Tensor | None, state: StepState, active: Tensor,
+        noise: Tensor | None,
+    ) -> Routing:  # fmt: skip
+        """Where a layer sends its tokens."""
         assert self.routers is not None
-        routing = self.routers(router, n, context, state, active, noise)
-        return x + self.bank(experts, n, routing.experts, routing.gates), routing
+        return self.routers(router, n, context, state, active, noise)
+
+    def feed_forward(self, x: Tensor, n: Tensor, experts: Experts, chosen: Tensor, gates: Tensor) -> Tensor:
+        """x plus the bank's output."""
+        return x + self.bank(experts, n, chosen, gates)
 
     def dense(self, x: Tensor, n: Tensor, experts: Experts) -> Tensor:
-        """`route` for a bank of one expert, which leaves nothing to choose."""
+        """`feed_forward` for a bank of one expert, which leaves nothing to choose."""
         one = torch.zeros_like(n[..., :1])
         return x + self.bank(experts, n, one.long(), one + 1)
 

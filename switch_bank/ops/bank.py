@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from switch_bank.ops import bank_cpu
+
 
 class Adapter(NamedTuple):
     """What one layer adds to the bank's experts. Unused parts are None.
@@ -23,15 +25,19 @@ class Adapter(NamedTuple):
 
 
 FEW = 16  # tokens: fewer than any slice has, as many as are decoded together at most by gathering matrices
+MANY = 128  # tokens: the shortest slice
 
 
-def choose_backend(name: str, dtype: torch.dtype, tokens: int) -> str:
-    """The backend an option names; "auto" gathers for a few tokens, else it is grouped_mm, which takes no float64."""
+def choose_backend(name: str, dtype: torch.dtype, tokens: int, device: str, plain: bool) -> str:
+    """The backend an option names. "auto" gathers for a few tokens; else it is the kernel of `bank_cpu` where that
+    runs, which takes no LoRA and even widths (`plain`), and grouped_mm elsewhere, which takes no float64."""
     if name != "auto":
         return name
     if tokens <= FEW:
         return "gathered"
-    return "reference" if dtype == torch.float64 else "grouped"
+    if dtype == torch.float64:
+        return "reference"
+    return "avx512" if device == "cpu" and plain and dtype in bank_cpu.DTYPES else "grouped"
 
 
 def expert_ffn(
@@ -41,6 +47,9 @@ def expert_ffn(
 
     Weights, adapters and gates are cast to x's dtype. A gate of exactly 0 gives and gets exactly nothing.
     """
+    if backend == "avx512" and w1.shape[0] > 1:
+        matrices = bank_cpu.arrange(w1.float(), w2.float(), x.dtype)
+        return bank_cpu.expert_ffn(x, matrices, adapter.scale, adapter.bias, experts, gates)
     gates = gates.to(x.dtype)
     if backend == "gathered" and w1.shape[0] > 1:
         return _gathered(x, w1, w2, adapter, experts, gates)

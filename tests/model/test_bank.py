@@ -32,7 +32,7 @@ def inputs_of(top_k: int = 2, dtype: torch.dtype = torch.float32) -> tuple[Tenso
 
 
 def run(bank: Bank, n: Tensor, layer: int, experts: Tensor, gates: Tensor) -> Tensor:
-    return bank(bank.of_layers()[layer], n, experts, gates)
+    return bank(bank.of_layers(bank.backend(n.dtype, 128), n.dtype)[layer], n, experts, gates)
 
 
 def ffn(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def test_a_layers_result_is_the_gated_sum_of_its_picks_with_its_own_adapters(ada
             torch.testing.assert_close(run(bank, n, layer, experts, gates), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", ["reference", "grouped"])
+@pytest.mark.parametrize("backend", ["reference", "grouped", "auto"])
 @pytest.mark.parametrize("adapter", ["none", "scale_bias", "lora"])
 def test_unshared_experts_are_a_bank_for_each_layer(adapter: str, backend: str) -> None:
     unshared = bank_of(shared=False, adapter=adapter, bank_backend=backend)

@@ -7,10 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from switch_bank.ops import bank_cpu
 from switch_bank.ops.bank import ALIGN, FEW, Adapter, _opaque_grouped_mm, choose_backend, expert_ffn, plan_rows
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 RANK = 8
+# What runs here, and the adapters that it knows.
+FAST = [("grouped", adapter) for adapter in ("none", "scale_bias", "lora")]
+FAST += [("avx512", adapter) for adapter in ("none", "scale_bias")] if bank_cpu.DTYPES else []
+FAST_BACKENDS = list(dict(FAST))
 
 
 class Problem:
@@ -92,7 +97,7 @@ def test_the_reference_is_the_formula(adapter: str, top_k: int) -> None:
     assert_equal(problem.solve("reference"), problem.solve_by_definition(), 1e-12)
 
 
-@pytest.mark.parametrize("adapter", ["none", "scale_bias", "lora"])
+@pytest.mark.parametrize(("backend", "adapter"), FAST)
 @pytest.mark.parametrize(
     "shape",
     [
@@ -108,11 +113,12 @@ def test_the_reference_is_the_formula(adapter: str, top_k: int) -> None:
         pytest.param({"experts": 128, "tokens": 200, "top_k": 2}, id="128-experts"),
         pytest.param({"experts": 128, "tokens": 3}, id="more-experts-than-tokens"),
         pytest.param({"width": 32, "hidden": 8}, id="narrow-experts"),
+        pytest.param({"width": 272, "hidden": 136, "tokens": 150, "used": [2]}, id="more-than-a-block-and-a-panel"),
     ],
 )
-def test_grouped_gives_the_values_and_gradients_of_the_formula(shape: dict, adapter: str) -> None:
+def test_the_values_and_gradients_are_those_of_the_formula(shape: dict, backend: str, adapter: str) -> None:
     problem = Problem(**shape, adapter=adapter, dtype=torch.float32)
-    assert_equal(problem.solve("grouped"), problem.solve_by_definition(), 3e-5)
+    assert_equal(problem.solve(backend), problem.solve_by_definition(), 3e-5)
 
 
 @pytest.mark.parametrize("adapter", ["none", "scale_bias", "lora"])
@@ -126,15 +132,16 @@ def test_gathered_gives_the_values_and_gradients_of_the_formula(shape: dict, dty
 
 @given(
     tokens=st.integers(1, 3 * ALIGN + 1), experts=st.integers(1, 12), top_k=st.integers(1, 3),
-    adapter=st.sampled_from(["none", "scale_bias", "lora"]), used=st.integers(1, 12),
+    fast=st.sampled_from(FAST), used=st.integers(1, 12),
 )  # fmt: skip
-def test_grouped_is_the_reference_whatever_the_shape_and_the_load(
-    tokens: int, experts: int, top_k: int, adapter: str, used: int
+def test_the_result_is_the_references_whatever_the_shape_and_the_load(
+    tokens: int, experts: int, top_k: int, fast: tuple[str, str], used: int
 ) -> None:
+    backend, adapter = fast
     used = max(min(used, experts), min(top_k, experts))
     problem = Problem(tokens, experts, min(top_k, experts), adapter=adapter, dtype=torch.float32, used=[*range(used)])
     expected = {name: want.double() for name, want in problem.solve("reference").items()}
-    assert_equal(problem.solve("grouped"), expected, 3e-5)
+    assert_equal(problem.solve(backend), expected, 3e-5)
 
 
 @st.composite
@@ -181,11 +188,13 @@ def test_an_expert_has_as_few_whole_blocks_as_hold_its_picks_right_behind_the_ex
     assert rows % ALIGN == 0 and other.pick_of_row.numel() == rows <= experts.numel() + count * ALIGN
 
 
-@pytest.mark.parametrize("adapter", ["none", "scale_bias", "lora"])
+@pytest.mark.parametrize(("backend", "adapter"), FAST)
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_grouped_in_bfloat16_stays_within_bfloat16_of_the_formula(adapter: str, top_k: int) -> None:
+def test_bfloat16_stays_within_bfloat16_of_the_formula(backend: str, adapter: str, top_k: int) -> None:
+    if backend == "avx512" and torch.bfloat16 not in bank_cpu.DTYPES:
+        pytest.skip("this CPU does not multiply bfloat16")
     problem = Problem(tokens=100, adapter=adapter, top_k=top_k, dtype=torch.bfloat16)
-    assert_equal(problem.solve("grouped"), problem.solve_by_definition(), 0.03)
+    assert_equal(problem.solve(backend), problem.solve_by_definition(), 0.03)
 
 
 @pytest.mark.parametrize("adapter", ["none", "scale_bias", "lora"])
@@ -210,7 +219,7 @@ def test_compiled_grouped_gives_the_values_and_gradients_of_the_formula(
     assert all((results[name][[1, 2, 4, 5, 6, 7]] == 0).all() for name in ("w1", "w2"))
 
 
-@pytest.mark.parametrize("backend", ["reference", "grouped"])
+@pytest.mark.parametrize("backend", ["reference", *FAST_BACKENDS])
 def test_x_may_be_a_view_that_is_not_contiguous(backend: str) -> None:
     problem = Problem(dtype=torch.float32)
     expected = problem.solve_by_definition()
@@ -223,8 +232,9 @@ def test_x_may_be_a_view_that_is_not_contiguous(backend: str) -> None:
         problem.x = view.detach()
 
 
-@pytest.mark.parametrize("backend", ["reference", "grouped", "gathered"])
-@pytest.mark.parametrize("adapter", ["none", "scale_bias", "lora"])
+@pytest.mark.parametrize(
+    ("backend", "adapter"), FAST + [(name, kind) for name in ("reference", "gathered") for _, kind in FAST[:3]]
+)
 def test_a_gate_of_zero_gives_its_expert_and_its_token_exactly_nothing(backend: str, adapter: str) -> None:
     problem = Problem(top_k=2, adapter=adapter, dtype=torch.float32)
     with torch.no_grad():
@@ -237,17 +247,17 @@ def test_a_gate_of_zero_gives_its_expert_and_its_token_exactly_nothing(backend: 
         assert (results[name][3] == 0).all() and (results[name][0] != 0).any()
 
 
-@pytest.mark.parametrize("adapter", ["none", "scale_bias", "lora"])
-def test_an_expert_that_no_token_picked_gets_exactly_zero_gradients(adapter: str) -> None:
+@pytest.mark.parametrize(("backend", "adapter"), FAST)
+def test_an_expert_that_no_token_picked_gets_exactly_zero_gradients(backend: str, adapter: str) -> None:
     problem = Problem(experts=7, used=[1, 4], adapter=adapter, dtype=torch.float32)
-    results = problem.solve("grouped")
+    results = problem.solve(backend)
     for name in problem.leaves().keys() - {"x", "gates"}:
         assert (results[name][[0, 2, 3, 5, 6]] == 0).all() and (results[name][[1, 4]] != 0).any()
 
 
-@pytest.mark.parametrize("adapter", ["none", "scale_bias", "lora"])
+@pytest.mark.parametrize(("backend", "adapter"), FAST)
 def test_what_memory_held_in_rows_that_no_product_writes_is_in_no_result(
-    adapter: str, monkeypatch: pytest.MonkeyPatch
+    backend: str, adapter: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     problem = Problem(adapter=adapter, top_k=2, dtype=torch.float32)
     assert plan_rows(problem.experts, 5).ends[-1] < len(plan_rows(problem.experts, 5).pick_of_row)
@@ -256,31 +266,38 @@ def test_what_memory_held_in_rows_that_no_product_writes_is_in_no_result(
     torch.use_deterministic_algorithms(True)  # with that, new memory is full of NaN
     try:
         assert torch.empty(3).isnan().all()
-        assert_equal(problem.solve("grouped"), expected, 3e-5)
+        assert_equal(problem.solve(backend), expected, 3e-5)
     finally:
         torch.use_deterministic_algorithms(False)
 
 
-def test_the_same_inputs_give_the_same_bits() -> None:
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_the_same_inputs_give_the_same_bits(backend: str) -> None:
     problem = Problem(tokens=300, top_k=2, dtype=torch.float32)
-    first, second = problem.solve("grouped"), problem.solve("grouped")
+    first, second = problem.solve(backend), problem.solve(backend)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_the_order_of_the_tokens_changes_only_the_order_of_the_results() -> None:
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_the_order_of_the_tokens_changes_only_the_order_of_the_results(backend: str) -> None:
     problem = Problem(tokens=50, top_k=2, dtype=torch.float32)
-    y = problem.solve("grouped")["y"]
+    y = problem.solve(backend)["y"]
     order = torch.randperm(50, generator=torch.Generator().manual_seed(1))
     x, experts, gates = problem.x[order], problem.experts[order], problem.gates[order]
-    shuffled = expert_ffn("grouped", x, problem.w1, problem.w2, problem.adapter, experts, gates)
+    shuffled = expert_ffn(backend, x, problem.w1, problem.w2, problem.adapter, experts, gates)
     torch.testing.assert_close(shuffled, y[order], rtol=0, atol=1e-5)
 
 
-def test_auto_gathers_for_a_few_tokens_and_else_is_grouped_where_grouped_works() -> None:
-    assert choose_backend("auto", torch.float32, 128) == choose_backend("auto", torch.bfloat16, FEW + 1) == "grouped"
-    assert choose_backend("auto", torch.float64, 128) == "reference"
-    assert choose_backend("auto", torch.float64, 1) == choose_backend("auto", torch.bfloat16, FEW) == "gathered"
-    assert choose_backend("reference", torch.float32, 1) == "reference"
+def test_auto_takes_what_is_fastest_and_works() -> None:
+    def choice(dtype: torch.dtype, tokens: int = FEW + 1, device: str = "cpu", plain: bool = True) -> str:
+        return choose_backend("auto", dtype, tokens, device, plain)
+
+    for dtype in (torch.float32, torch.bfloat16):
+        assert choice(dtype) == ("avx512" if dtype in bank_cpu.DTYPES else "grouped")
+        assert choice(dtype, device="cuda") == choice(dtype, plain=False) == "grouped"
+    assert choice(torch.float64) == "reference"
+    assert choice(torch.float64, tokens=1) == choice(torch.bfloat16, tokens=FEW) == "gathered"
+    assert choose_backend("reference", torch.float32, 1, "cpu", True) == "reference"
 
 
 def test_grouped_products_are_correct_operators_of_torch() -> None:

@@ -1,0 +1,153 @@
+"""The bank's feed-forward on a CPU with AVX-512: the kernel of bank_cpu.cpp, compiled once, and its gradients."""
+
+import fcntl
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+AVX512 = platform.system() == "Linux" and torch.backends.cpu.get_cpu_capability() == "AVX512" and COMPILER is not None
+# Read once: compiled code may not ask.
+DTYPES = (torch.float32,) * AVX512 + (torch.bfloat16,) * (AVX512 and torch.cpu._is_avx512_bf16_supported())
+
+
+class GradientSums:
+    """The gradients of w1 and w2, to which each layer's backward adds its own."""
+
+    def __init__(self, w1: Tensor, w2: Tensor) -> None:
+        self._like = (w1, w2)
+        self._sums: tuple[Tensor, Tensor] | None = None
+
+    def get(self) -> tuple[Tensor, Tensor]:
+        if self._sums is None:
+            self._sums = torch.zeros_like(self._like[0]), torch.zeros_like(self._like[1])
+        return self._sums
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """The sums; the next backward begins with zeros."""
+        sums, self._sums = self.get(), None
+        return sums
+
+
+class Arranged(NamedTuple):
+    """Expert matrices in the activations' dtype, as the products read them: once for all layers that share them."""
+
+    w1: Tensor  # [E, D, F], in pairs of rows where it is bfloat16; so are all four
+    w1_backward: Tensor  # [E, F, D]
+    w2: Tensor  # [E, F, D]
+    w2_backward: Tensor  # [E, D, F]
+    link: Tensor  # 0-dim: by it the backward knows that all layers have added their gradients
+    sums: GradientSums
+
+
+def arrange(w1: Tensor, w2: Tensor, dtype: torch.dtype) -> Arranged:
+    """w1: [E, F, D] and w2: [E, D, F] float32, D and F even; dtype: float32 or bfloat16."""
+    _load()
+    sums = GradientSums(w1.detach(), w2.detach())
+    w1_forward, w1_backward = torch.ops.switch_bank.bank_arrange(w1.detach(), dtype)
+    w2_forward, w2_backward = torch.ops.switch_bank.bank_arrange(w2.detach(), dtype)
+    if dtype == torch.float32:  # not rearranged for the backward
+        w1_backward, w2_backward = w1.detach().contiguous(), w2.detach().contiguous()
+    return Arranged(w1_forward, w1_backward, w2_forward, w2_backward, _Collect.apply(w1, w2, sums), sums)
+
+
+def expert_ffn(
+    x: Tensor, matrices: Arranged, scale: Tensor | None, bias: Tensor | None, experts: Tensor, gates: Tensor
+) -> Tensor:
+    """`ops.bank.expert_ffn` without LoRA: x [N, D] of the matrices' dtype; scale and bias [E, D] float32, or None;
+    experts [N, K] int64; gates [N, K]. Returns [N, D]."""
+    if scale is None or bias is None:
+        scale = bias = x.new_empty(0, dtype=torch.float32)
+    keep = torch.is_grad_enabled()
+    return _ExpertFfn.apply(
+        x.contiguous(), gates.float().contiguous(), scale.float().contiguous(), bias.float().contiguous(),
+        matrices.link, experts.contiguous(), matrices, keep,
+    )  # fmt: skip
+
+
+class _Collect(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, w1, w2, sums):  # type: ignore[no-untyped-def]
+        ctx.sums = sums
+        return w1.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, _):  # type: ignore[no-untyped-def]
+        return *ctx.sums.take(), None
+
+
+class _ExpertFfn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, gates, scale, bias, link, experts, matrices, keep):  # type: ignore[no-untyped-def]
+        y, kept = torch.ops.switch_bank.bank_forward(x, experts, gates, scale, bias, matrices.w1, matrices.w2, keep)
+        ctx.save_for_backward(x, experts, gates, scale, bias, matrices.w1_backward, matrices.w2_backward, kept)
+        ctx.sums = matrices.sums
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        grads = torch.ops.switch_bank.bank_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.sums.get())
+        grad_x, grad_gates, grad_scale, grad_bias = grads
+        return grad_x, grad_gates, grad_scale, grad_bias, grad.new_zeros((), dtype=torch.float32), None, None, None
+
+
+@functools.cache
+def _load() -> None:
+    """Compiles the kernel if this version of it lies in no cache yet, some 15 s, and registers its operators."""
+    torch_folder = Path(torch.__file__).parent
+    flags = ["-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-mfma", "-mf16c"]
+    flags += [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq")] + ["-mavx512bf16"] * (torch.bfloat16 in DTYPES)
+    flags += ["-DAT_PARALLEL_OPENMP=1", "-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"]
+    flags += [f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
+    key = hashlib.sha256("\n".join([SOURCE.read_text(), torch.__version__, *flags]).encode()).hexdigest()[:16]
+    library = Path(cache_dir()) / f"bank_cpu_{key}.so"
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with open(library.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes one compiles; a lock dies with its process
+        if not library.exists():
+            with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+                built = Path(folder) / library.name
+                assert COMPILER is not None
+                command = [COMPILER, str(SOURCE), "-o", str(built), *flags]
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode:
+                    raise RuntimeError(
+                        f"{COMPILER} does not compile {SOURCE.name}; --model.bank-backend grouped does without it:\n"
+                        f"{done.stderr[-2000:]}"
+                    )
+                os.replace(built, library)
+    torch.ops.load_library(str(library))
+    _register_shapes()
+
+
+def _register_shapes() -> None:
+    """The shapes of the results, for tensors that are not computed."""
+
+    @torch.library.register_fake("switch_bank::bank_arrange")
+    def _(weights, dtype):  # type: ignore[no-untyped-def]
+        experts, rows, columns = weights.shape
+        second = 0 if dtype == torch.float32 else experts
+        return (
+            weights.new_empty(experts, columns, rows, dtype=dtype),
+            weights.new_empty(second, rows, columns, dtype=dtype),
+        )
+
+    @torch.library.register_fake("switch_bank::bank_forward")
+    def _(x, experts, gates, scale, bias, w1, w2, keep):  # type: ignore[no-untyped-def]
+        rows = experts.numel() + 16 * w1.shape[0] if keep else 0
+        return torch.empty_like(x), x.new_empty(rows, w1.shape[2])
+
+    @torch.library.register_fake("switch_bank::bank_backward")
+    def _(grad_y, x, experts, gates, scale, bias, w1, w2, kept, grad_w1, grad_w2):  # type: ignore[no-untyped-def]
+        return tuple(torch.empty_like(like) for like in (x, gates, scale, bias))

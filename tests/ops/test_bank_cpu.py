@@ -1,0 +1,94 @@
+"""The bank's kernel for CPUs: what test_bank.py does not ask of every way to compute it."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from switch_bank.ops import bank_cpu
+from tests.ops.test_bank import Problem
+
+pytestmark = pytest.mark.skipif(not bank_cpu.DTYPES, reason="needs AVX-512, Linux and a C++ compiler")
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    problem = Problem(tokens=700, experts=9, top_k=2, width=64, hidden=160, dtype=torch.float32)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(problem.solve("avx512"))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0][name], other[name]) for other in results[1:] for name in other)
+
+
+def test_layers_that_share_the_experts_add_up_their_gradients_once() -> None:
+    problem = Problem(tokens=90, dtype=torch.float32)
+
+    def gradients(shared: bool) -> tuple[Tensor, ...]:
+        matrices = bank_cpu.arrange(problem.w1, problem.w2, torch.float32)
+        x = problem.x
+        for _ in range(3):
+            own = matrices if shared else bank_cpu.arrange(problem.w1, problem.w2, torch.float32)
+            scale, bias = problem.adapter.scale, problem.adapter.bias
+            x = x + 0.1 * bank_cpu.expert_ffn(x, own, scale, bias, problem.experts, problem.gates)
+        return torch.autograd.grad((x * problem.direction).sum(), [problem.w1, problem.w2, problem.x])
+
+    for together, apart in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-6)
+
+
+def test_a_second_backward_begins_with_zeros() -> None:
+    problem = Problem(tokens=90, dtype=torch.float32)
+    y = bank_cpu.expert_ffn(
+        problem.x, bank_cpu.arrange(problem.w1, problem.w2, torch.float32), None, None, problem.experts, problem.gates
+    )
+    first, second = (torch.autograd.grad(y.sum(), [problem.w1, problem.w2], retain_graph=True) for _ in range(2))
+    assert first[0].abs().sum() > 0 and all(map(torch.equal, first, second))
+
+
+def test_without_a_gradient_nothing_is_kept_and_the_result_is_the_same() -> None:
+    problem = Problem(tokens=90, dtype=torch.float32)
+    with torch.no_grad():
+        matrices = bank_cpu.arrange(problem.w1, problem.w2, torch.float32)
+        y = bank_cpu.expert_ffn(
+            problem.x, matrices, problem.adapter.scale, problem.adapter.bias, problem.experts, problem.gates
+        )
+    assert not y.requires_grad and torch.equal(y, problem.solve("avx512")["y"])
+
+
+@pytest.mark.parametrize("dtype", bank_cpu.DTYPES)
+def test_tensors_that_are_not_computed_get_the_shapes_of_those_that_are(dtype: torch.dtype) -> None:
+    problem = Problem(tokens=50, top_k=2, dtype=torch.float32)
+    ops = torch.ops.switch_bank
+    w1, w2 = problem.w1.detach(), problem.w2.detach()
+    x, gates = problem.x.detach().to(dtype), problem.gates.detach()
+    scale = torch.ones(w1.shape[0], w1.shape[2])
+    matrices = bank_cpu.arrange(w1, w2, dtype)
+    kept = ops.bank_forward(x, problem.experts, gates, scale, scale, matrices.w1, matrices.w2, True)[1]
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(ops.bank_arrange.default, (w1, dtype), test_utils=checks)
+    for keep in (True, False):
+        inputs = (x, problem.experts, gates, scale, scale, matrices.w1, matrices.w2, keep)
+        torch.library.opcheck(ops.bank_forward.default, inputs, test_utils=checks)
+    backward = (matrices.w1_backward, matrices.w2_backward, kept, torch.zeros_like(w1), torch.zeros_like(w2))
+    inputs = (x, x, problem.experts, gates, scale, scale, *backward)
+    torch.library.opcheck(ops.bank_backward.default, inputs, test_utils=checks)
+
+
+def test_an_expert_that_is_none_is_refused() -> None:
+    problem = Problem(dtype=torch.float32)
+    problem.experts[3] = 5
+    with pytest.raises(RuntimeError, match="expert 5 of 5"):
+        problem.solve("avx512")
+
+
+def test_a_kernel_that_does_not_compile_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    broken = tmp_path / "bank_cpu.cpp"
+    broken.write_text("int main() { return nothing; }")
+    monkeypatch.setattr(bank_cpu, "SOURCE", broken)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    with pytest.raises(RuntimeError, match="--model.bank-backend grouped"):
+        bank_cpu._load.__wrapped__()
+    assert not list((tmp_path / "cache").glob("*.so"))
