@@ -56,7 +56,7 @@ class Bank(nn.Module):
     def forward(self, experts: Experts, n: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
         """n: [B, T, D]; chosen [B, T, K] int64 and gates [B, T, K] as in `Routing`. Returns [B, T, D] in n's dtype."""
         rows, chosen, gates = n.flatten(0, 1), chosen.flatten(0, 1), gates.flatten(0, 1)
-        backend = choose_backend(self.config.bank_backend, n.dtype, len(rows))
+        backend = choose_backend(self.config.bank_backend, n.device, n.dtype, len(rows))
         y = expert_ffn(backend, rows, experts.w1, experts.w2, experts.adapter, chosen, gates)
         if self.config.always_on_expert:
             all_to_one = torch.zeros_like(chosen[:, :1])

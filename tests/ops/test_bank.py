@@ -277,10 +277,20 @@ def test_the_order_of_the_tokens_changes_only_the_order_of_the_results() -> None
 
 
 def test_auto_gathers_for_a_few_tokens_and_else_is_grouped_where_grouped_works() -> None:
-    assert choose_backend("auto", torch.float32, 128) == choose_backend("auto", torch.bfloat16, FEW + 1) == "grouped"
-    assert choose_backend("auto", torch.float64, 128) == "reference"
-    assert choose_backend("auto", torch.float64, 1) == choose_backend("auto", torch.bfloat16, FEW) == "gathered"
-    assert choose_backend("reference", torch.float32, 1) == "reference"
+    cpu = torch.device("cpu")
+    assert choose_backend("auto", cpu, torch.float32, 128) == "grouped"
+    assert choose_backend("auto", cpu, torch.bfloat16, FEW + 1) == "grouped"
+    assert choose_backend("auto", cpu, torch.float64, 128) == "reference"
+    assert choose_backend("auto", cpu, torch.float64, 1) == "gathered"
+    assert choose_backend("auto", cpu, torch.bfloat16, FEW) == "gathered"
+    assert choose_backend("reference", cpu, torch.float32, 1) == "reference"
+
+
+def test_triton_is_for_many_tokens_on_cuda_and_else_what_auto_is() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert choose_backend("triton", cuda, torch.bfloat16, FEW + 1) == "triton"
+    assert choose_backend("triton", cuda, torch.bfloat16, FEW) == "gathered"
+    assert choose_backend("triton", cpu, torch.float32, 128) == "grouped"
 
 
 def test_grouped_products_are_correct_operators_of_torch() -> None:
