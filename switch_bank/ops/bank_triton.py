@@ -10,8 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Rows and columns of a tile, and of a step along the summed side.
-TILE, STEP, WARPS, STAGES = 128, 64, 8, 3
+TILE = 128  # rows and columns of a program's part of a result
+# STEP is how much of the summed side is multiplied at a time. With these, a Hopper multiprocessor has registers and
+# shared memory for two programs of most kernels.
+PLAIN = dict(STEP=64, num_warps=8, num_stages=3)
+ADAPTED = dict(STEP=32, num_warps=8, num_stages=5)  # the adapter is applied in registers
+GATHERED = dict(STEP=64, num_warps=8, num_stages=5)  # in each step, indices are loaded before what they point to
 
 
 @torch.library.custom_op("switch_bank::fused_experts", mutates_args=())
@@ -29,14 +33,15 @@ def fused_experts(
     x, w1, w2, scale, bias, gates = _contiguous(x, w1, w2, scale, bias, gates)
     (tokens, width), (experts, hidden_width, _), top_k = x.shape, w1.shape, gates.shape[1]
     blocks, tile = len(expert_of_block), len(pick_of_row) // len(expert_of_block)
-    meta = dict(TILE=tile, STEP=min(STEP, tile), num_warps=WARPS, num_stages=STAGES)
     rows = (pick_of_row, expert_of_block, tokens, width, hidden_width, experts)
     hidden = x.new_empty(len(pick_of_row), hidden_width)
     hidden_rows[(blocks * triton.cdiv(hidden_width, tile),)](
-        x, w1, scale, bias, hidden, *rows, TOP_K=top_k, ADAPTER=adapter, **meta
+        x, w1, scale, bias, hidden, *rows, TOP_K=top_k, ADAPTER=adapter, **_sizes(ADAPTED if adapter else PLAIN, tile)
     )
     picks = x.new_empty(tokens * top_k, width)
-    output_rows[(blocks * triton.cdiv(width, tile),)](hidden, w2, gates, picks, *rows, TOP_K=top_k, **meta)
+    output_rows[(blocks * triton.cdiv(width, tile),)](
+        hidden, w2, gates, picks, *rows, TOP_K=top_k, **_sizes(PLAIN, tile)
+    )
     return picks if top_k == 1 else picks.view(tokens, top_k, width).sum(dim=1), hidden
 
 
@@ -58,7 +63,6 @@ def fused_experts_backward(
     (tokens, width), (experts, hidden_width, _), top_k = x.shape, w1.shape, gates.shape[1]
     blocks, tile = len(expert_of_block), len(pick_of_row) // len(expert_of_block)
     width_tiles, hidden_tiles = triton.cdiv(width, tile), triton.cdiv(hidden_width, tile)
-    meta = dict(TILE=tile, STEP=min(STEP, tile), num_warps=WARPS, num_stages=STAGES)
     rows = (pick_of_row, expert_of_block, tokens, width, hidden_width, experts)
     # Sums over the rows of a block or the columns of a tile, each by the one program that has them. A block of no
     # expert writes nothing.
@@ -68,11 +72,31 @@ def fused_experts_backward(
 
     hidden_grad = torch.empty_like(hidden)  # of W₁'s product
     hidden_row_gradients[(blocks * hidden_tiles,)](
-        grad, w2, gates, hidden, hidden_grad, gate_parts, hidden_parts, *rows, TOP_K=top_k, ADAPTER=adapter, **meta
+        grad,
+        w2,
+        gates,
+        hidden,
+        hidden_grad,
+        gate_parts,
+        hidden_parts,
+        *rows,
+        TOP_K=top_k,
+        ADAPTER=adapter,
+        **_sizes(PLAIN, tile),
     )
     pick_grads = x.new_empty(tokens * top_k, width)
     input_row_gradients[(blocks * width_tiles,)](
-        hidden_grad, w1, x, scale, pick_grads, scale_parts, bias_parts, *rows, TOP_K=top_k, ADAPTER=adapter, **meta
+        hidden_grad,
+        w1,
+        x,
+        scale,
+        pick_grads,
+        scale_parts,
+        bias_parts,
+        *rows,
+        TOP_K=top_k,
+        ADAPTER=adapter,
+        **_sizes(PLAIN, tile),
     )
     of_expert = (expert_of_block == torch.arange(experts, device=x.device)[:, None]).float()
     w1_grad, w2_grad = torch.empty_like(w1), torch.empty_like(w2)
@@ -80,11 +104,11 @@ def fused_experts_backward(
     grid = (experts * width_tiles * hidden_tiles,)
     weight_gradients[grid](
         x, hidden_grad, gates, scale, bias, of_expert @ hidden_parts, w1_grad, *shape,
-        TOP_K=top_k, GATED=False, ADAPTER=adapter, TRANSPOSED=True, **meta,
+        TOP_K=top_k, GATED=False, ADAPTER=adapter, TRANSPOSED=True, **_sizes(GATHERED, tile),
     )  # fmt: skip
     weight_gradients[grid](
         grad, hidden, gates, x, x, x, w2_grad, *shape,
-        TOP_K=top_k, GATED=True, ADAPTER=False, TRANSPOSED=False, **meta,
+        TOP_K=top_k, GATED=True, ADAPTER=False, TRANSPOSED=False, **_sizes(GATHERED, tile),
     )  # fmt: skip
     x_grad = pick_grads if top_k == 1 else pick_grads.view(tokens, top_k, width).sum(dim=1)
     scale_grad, bias_grad = ((of_expert @ parts).to(x.dtype) for parts in (scale_parts, bias_parts))
@@ -97,6 +121,10 @@ def _(grad, hidden, x, w1, w2, scale, bias, gates, *plan):  # type: ignore[no-un
     of_adapter = (w1.shape[0], x.shape[1])
     shapes = (x.shape, w1.shape, w2.shape, of_adapter, of_adapter, gates.shape)
     return tuple(x.new_empty(shape) for shape in shapes)
+
+
+def _sizes(of_kernel: dict[str, int], tile: int) -> dict[str, int]:
+    return of_kernel | dict(TILE=tile, STEP=min(of_kernel["STEP"], tile))
 
 
 def _contiguous(x, w1, w2, scale, bias, gates):  # type: ignore[no-untyped-def]
@@ -142,7 +170,7 @@ def hidden_rows(  # type: ignore[no-untyped-def]
     x_ptr, w1_ptr, scale_ptr, bias_ptr, hidden_ptr, pick_ptr, expert_ptr, tokens, width, hidden_width, experts,
     TOP_K: tl.constexpr, ADAPTER: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """relu²(W₁·adapter(x)) of the rows of a block, zeros in those of no pick; a program a tile, side by side first."""
+    """relu²(W₁·adapter(x)) of the rows of a block; a program a tile, those of a block in a row."""
     tiles = tl.cdiv(hidden_width, TILE)
     block = (tl.program_id(0) // tiles).to(tl.int64)
     expert = tl.load(expert_ptr + block).to(tl.int64)
@@ -151,15 +179,14 @@ def hidden_rows(  # type: ignore[no-untyped-def]
     row = block * TILE + tl.arange(0, TILE)
     column = (tl.program_id(0) % tiles) * TILE + tl.arange(0, TILE)
     k = tl.arange(0, STEP)
-    token = tl.load(pick_ptr + row) // TOP_K
-    # Rows and columns outside are read from inside: they are masked where it matters, at the end.
-    a = x_ptr + tl.minimum(token, tokens - 1)[:, None] * width + k[None, :]
+    # What is outside is read from inside, finite values: rows of no pick have a gate of zero, and no column is written.
+    token = tl.minimum(tl.load(pick_ptr + row) // TOP_K, tokens - 1)
+    a = x_ptr + token[:, None] * width + k[None, :]
     w = w1_ptr + expert * hidden_width * width + (column % hidden_width)[None, :] * width + k[:, None]
     total = product(a, w, 1, width, scale_ptr + expert * width, bias_ptr + expert * width, ADAPTER, TILE, STEP)
     total = tl.where(total < 0.0, 0.0, total)  # unlike a maximum, this keeps a NaN
-    total = tl.where((token < tokens)[:, None], total * total, 0.0)
     hidden = hidden_ptr + row[:, None] * hidden_width + column[None, :]
-    tl.store(hidden, total.to(hidden_ptr.dtype.element_ty), mask=(column < hidden_width)[None, :])
+    tl.store(hidden, (total * total).to(hidden_ptr.dtype.element_ty), mask=(column < hidden_width)[None, :])
 
 
 @triton.jit
@@ -207,16 +234,30 @@ def hidden_row_gradients(  # type: ignore[no-untyped-def]
     a = grad_ptr + token[:, None] * width + k[None, :]
     w = w2_ptr + expert * width * hidden_width + k[:, None] * hidden_width + (column % hidden_width)[None, :]
     total = product(a, w, hidden_width, width, a, a, False, TILE, STEP)
-    here = row[:, None] * hidden_width + column[None, :]
-    inside = (column < hidden_width)[None, :]
-    hidden = tl.load(hidden_ptr + here, mask=inside, other=0.0).to(tl.float32)
-    tl.store(gate_parts_ptr + row * tiles + tile, tl.sum(total * hidden, axis=1))
     gate = tl.load(gates_ptr + pick, mask=pick < tokens * TOP_K, other=0.0).to(tl.float32)
+    # One half of the columns at a time: to hold all of `hidden` beside `total` takes twice the registers.
+    first, second = tl.split(tl.permute(tl.reshape(total, (TILE, 2, TILE // 2)), (0, 2, 1)))
+    half = tile * TILE + tl.arange(0, TILE // 2)
+    rest = (row, gate, hidden_ptr, hidden_grad_ptr, hidden_parts_ptr + block * hidden_width, hidden_width)
+    part = half_of_hidden_row_gradients(first, half, rest, ADAPTER)
+    part += half_of_hidden_row_gradients(second, half + TILE // 2, rest, ADAPTER)
+    tl.store(gate_parts_ptr + row * tiles + tile, part)
+
+
+@triton.jit
+def half_of_hidden_row_gradients(  # type: ignore[no-untyped-def]
+    total, column, rest, ADAPTER: tl.constexpr
+):  # fmt: skip
+    """What `hidden_row_gradients` makes of W₂ᵀ·grad in some columns. Returns their part of each row's gate gradient."""
+    row, gate, hidden_ptr, hidden_grad_ptr, sums, hidden_width = rest
+    inside, here = column < hidden_width, row[:, None] * hidden_width + column[None, :]
+    hidden = tl.load(hidden_ptr + here, mask=inside[None, :], other=0.0).to(tl.float32)
+    part = tl.sum(total * hidden, axis=1)
     total *= 2 * gate[:, None] * tl.sqrt(hidden)
-    tl.store(hidden_grad_ptr + here, total.to(hidden_grad_ptr.dtype.element_ty), mask=inside)
+    tl.store(hidden_grad_ptr + here, total.to(hidden_grad_ptr.dtype.element_ty), mask=inside[None, :])
     if ADAPTER:
-        sums = hidden_parts_ptr + block * hidden_width + column
-        tl.store(sums, tl.sum(total, axis=0), mask=column < hidden_width)
+        tl.store(sums + column, tl.sum(total, axis=0), mask=inside)
+    return part
 
 
 @triton.jit
@@ -241,10 +282,10 @@ def input_row_gradients(  # type: ignore[no-untyped-def]
     pick = tl.load(pick_ptr + row)
     inside = (pick < tokens * TOP_K)[:, None] & (column < width)[None, :]
     if ADAPTER:
-        x = tl.load(x_ptr + (pick // TOP_K)[:, None] * width + column[None, :], mask=inside, other=0.0)
         sums = block * width + column
-        tl.store(scale_parts_ptr + sums, tl.sum(total * x.to(tl.float32), axis=0), mask=column < width)
         tl.store(bias_parts_ptr + sums, tl.sum(total, axis=0), mask=column < width)
+        x = tl.load(x_ptr + (pick // TOP_K)[:, None] * width + column[None, :], mask=inside, other=0.0)
+        tl.store(scale_parts_ptr + sums, tl.sum(total * x.to(tl.float32), axis=0), mask=column < width)
         total *= tl.load(scale_ptr + expert * width + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
     picks = picks_ptr + pick[:, None] * width + column[None, :]
     tl.store(picks, total.to(picks_ptr.dtype.element_ty), mask=inside)
