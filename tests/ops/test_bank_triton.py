@@ -104,6 +104,11 @@ class TestValues:
         problem = Problem(**({"dtype": torch.float32} | shape), device=DEVICE)
         assert_equal(problem.solve("triton"), problem.solve_by_definition(), TOLERANCE[problem.x.dtype])
 
+    def test_so_do_the_trainers_tiles(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(bank_triton, "TILE", 128)
+        problem = Problem(tokens=150, experts=2, width=72, hidden=136, dtype=torch.float32, device=DEVICE)
+        assert_equal(problem.solve("triton"), problem.solve_by_definition(), TOLERANCE[torch.float32])
+
     def test_the_kernels_take_one_expert_too(self) -> None:
         problem = Problem(tokens=18, experts=1, width=16, hidden=16, dtype=torch.float32, device=DEVICE)
         expected = problem.solve_by_definition()
@@ -148,6 +153,18 @@ class TestValues:
         gradients = torch.autograd.grad((y * problem.direction).sum(), list(leaves.values()))
         results = {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
         assert_equal(results, problem.solve_by_definition(), TOLERANCE[torch.float32])
+
+    @pytest.mark.skipif(not INTERPRETED, reason="reads memory that nothing wrote: here it is full of NaN")
+    def test_no_work_is_done_for_blocks_of_no_expert(self) -> None:
+        problem = Problem(tokens=9, experts=4, used=[0, 2], width=8, hidden=16, dtype=torch.float32, device=DEVICE)
+        plan = bank.plan_rows(problem.experts, 4, 16)
+        (scale, bias, *_), w1, w2 = problem.adapter, problem.w1, problem.w2
+        _, hidden = bank_triton.fused_experts(
+            problem.x, w1, w2, scale, bias, problem.gates,
+            plan.pick_of_row, plan.row_of_pick, plan.expert_of_block(), plan.ends,
+        )  # fmt: skip
+        written, left_alone = hidden.detach().tensor_split([int(plan.ends[-1])])
+        assert len(left_alone) > 0 and left_alone.isnan().all() and not written.isnan().any()
 
     @pytest.mark.parametrize("adapter", ["none", "scale_bias"])
     def test_they_are_correct_operators_of_torch(self, adapter: str) -> None:
