@@ -57,6 +57,8 @@ def main(config: Config, world: World) -> None:
     config.check(world.size)
     tracking.require(config.run.track)
     device, run = world.device, config.run
+    if config.model.bank_backend == "triton" and device.type != "cuda":
+        raise ConfigError("model.bank_backend is triton: it must be auto, reference or grouped without a CUDA GPU")
     name = config.preset if config.model.causal else f"{config.preset}-NOT-CAUSAL"
     # torchrun --max-restarts starts all processes anew when one has died: from the last checkpoint, if there is one.
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0

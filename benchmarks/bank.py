@@ -1,6 +1,7 @@
 """One bank layer, forward and backward, against a dense feed-forward of the same active size.
 
-python -m benchmarks.bank [--presets record nano] [--experts 8 64] [--dtypes bfloat16] [--routings skewed] [--json]
+python -m benchmarks.bank [--presets record nano] [--experts 8 64] [--dtypes bfloat16] [--routings skewed]
+                          [--backend triton] [--json]
 """
 
 import argparse
@@ -36,6 +37,7 @@ SHAPES = {
     "nano": [Shape(4096, 128, 256, 16, 1, 4)],
 }
 ROUTINGS = ("balanced", "skewed")
+BACKENDS = ("auto", "grouped", "triton", "reference")
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # as a share of a tensor's largest value
 COMPARED_TOKENS = 64
 DRAWN = 4  # routings that the repetitions take in turn: no two steps of a training route alike
@@ -57,11 +59,14 @@ def routes(routing: str, shape: Shape, device: torch.device) -> Tensor:
 class BankLayer:
     """The bank and the router of a model of one layer, with random parameters, inputs and output gradients."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, compile: bool = True) -> None:
+    def __init__(
+        self, shape: Shape, dtype: torch.dtype, device: torch.device, compile: bool = True, backend: str = "auto"
+    ) -> None:
         self.shape, self.dtype, self.device, self.compile = shape, dtype, device, compile
         config = ModelConfig(
             layers=1, width=shape.width, heads=1, skip_attention=(), value_embeddings=0, experts=shape.experts,
             top_k=shape.top_k, expert_width=shape.expert_width, reverse_ema="off", flags=False,
+            bank_backend=backend,  # type: ignore[arg-type]
         )  # fmt: skip
         with device:
             self.bank, self.routers = Bank(config), Routers(config)
@@ -192,7 +197,7 @@ def measure(layer: BankLayer, dense: DenseLayer, routing: str, error: float, sec
     dense_ms, bank_ms = medians["dense"], statistics.median(own) + once / layer.shape.layers
     return {
         "device": device_name(layer.device), "dtype": str(layer.dtype).removeprefix("torch."),
-        "shape": layer.shape._asdict(), "routing": routing,
+        "backend": layer.backend, "shape": layer.shape._asdict(), "routing": routing,
         "dense_ms": dense_ms, "bank_ms": bank_ms, "ratio": bank_ms / dense_ms,
         "dense_quartiles_ms": quartiles(times["dense"]), 
         "bank_quartiles_ms": [round(value + once / layer.shape.layers, 4) for value in quartiles(own)],
@@ -221,6 +226,7 @@ def main() -> int:
         parser.add_argument(f"--{option}", type=int, help="instead of the preset's")
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], help="default: all that the device has")
     parser.add_argument("--routings", nargs="+", choices=ROUTINGS, default=list(ROUTINGS))
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="the bank's; triton takes a CUDA GPU")
     parser.add_argument("--seconds", type=float, default=6.0, help="for each row; at least 5 repetitions")
     parser.add_argument("--no-compile", action="store_true", help="time the parts without torch.compile")
     parser.add_argument("--profile", action="store_true", help="also print to stderr what each operation costs")
@@ -236,6 +242,8 @@ def main() -> int:
         if min(shape) < 1 or shape.top_k > shape.experts:
             parser.error(f"{shape}: every number must be at least 1, and top_k at most experts")
     device = start_device()
+    if options.backend == "triton" and device.type != "cuda":
+        parser.error("--backend triton takes a CUDA GPU: there is none")
     # CUDA's grouped products are bfloat16.
     dtypes = options.dtypes or (["bfloat16"] if device.type == "cuda" else ["float32", "bfloat16"])
     if options.profile and device.type == "cpu":
@@ -244,15 +252,15 @@ def main() -> int:
     try:
         for dtype in dtypes:
             for shape in shapes:
-                layer = BankLayer(shape, getattr(torch, dtype), device, not options.no_compile)
+                layer = BankLayer(shape, getattr(torch, dtype), device, not options.no_compile, options.backend)
                 dense = DenseLayer(layer)
                 error = largest_error(layer, routes("skewed", shape, device))
                 for routing in options.routings:
                     row = measure(layer, dense, routing, error, options.seconds)
                     text = " ".join(f"{name}={size}" for name, size in row["shape"].items())
-                    text = f"{row['dtype']:<9}{text}  {routing:<9} dense {row['dense_ms']:.2f} ms  bank"
-                    text += f" {row['bank_ms']:.2f} ms  ratio {row['ratio']:.3f}  (alone {row['alone_ms']:.2f} ms,"
-                    text += f" router {row['router_ms']:.2f} ms)"
+                    text = f"{row['dtype']:<9}{row['backend']:<9}{text}  {routing:<9} dense {row['dense_ms']:.2f} ms"
+                    text += f"  bank {row['bank_ms']:.2f} ms  ratio {row['ratio']:.3f}"
+                    text += f"  (alone {row['alone_ms']:.2f} ms, router {row['router_ms']:.2f} ms)"
                     show(row, options.json, text)
                     if options.profile:
                         print_profile(layer, dense, routing)

@@ -33,7 +33,7 @@ SCHEMA: dict[str, Any] = {
         "memory_bytes_per_s": NUMBER, "flops": NUMBER, "bytes": NUMBER, "arithmetic_ms": NUMBER, "bytes_ms": NUMBER,
     }],
     "bank": [{
-        "device": str, "dtype": str, "routing": str, "repetitions": int,
+        "device": str, "dtype": str, "backend": str, "routing": str, "repetitions": int,
         "shape": {"tokens": int, "width": int, "expert_width": int, "experts": int, "top_k": int, "layers": int},
         "dense_ms": NUMBER, "bank_ms": NUMBER, "ratio": NUMBER, "alone_ms": NUMBER, "router_ms": NUMBER,
         "largest_error": NUMBER,
@@ -151,7 +151,7 @@ def table(document: dict[str, Any]) -> str:
     lines += ["", "| one bank layer | routing | dense ms | bank ms | ratio | router ms |", "|---|---|---|---|---|---|"]
     for row in document["bank"]:
         shape = row["shape"]
-        name = f"{row['dtype']} T={shape['tokens']} D={shape['width']} F={shape['expert_width']}"
+        name = f"{row['backend']} {row['dtype']} T={shape['tokens']} D={shape['width']} F={shape['expert_width']}"
         name += f" E={shape['experts']} K={shape['top_k']}"
         lines.append(
             f"| {name} | {row['routing']} | {row['dense_ms']:.3f} | {row['bank_ms']:.3f} | {row['ratio']:.3f} "

@@ -81,7 +81,7 @@ class ModelConfig:
         "auto"  # of activations and matmuls; parameters are float32
     )
     attention_backend: Literal["auto", "reference", "sdpa", "flex", "flash"] = "auto"
-    bank_backend: Literal["auto", "reference", "grouped"] = "auto"
+    bank_backend: Literal["auto", "reference", "grouped", "triton"] = "auto"  # triton: fused kernels, CUDA only
 
     @property
     def padded_vocab(self) -> int:
@@ -238,6 +238,10 @@ class Config:
         _require(
             model.lora_rank % 8 == 0, "model.lora_rank", model.lora_rank, "a multiple of 8 (grouped_mm's alignment)"
         )
+        _require(
+            model.bank_backend != "triton" or model.adapter != "lora" and model.dtype != "float64",
+            "model.bank_backend", model.bank_backend, "auto or grouped with adapter=lora or dtype=float64",
+        )  # fmt: skip
         _require(data.slice_tokens % 128 == 0, "data.slice_tokens", data.slice_tokens, "a multiple of 128")
         _require(data.val_slice_tokens % 128 == 0, "data.val_slice_tokens", data.val_slice_tokens, "a multiple of 128")
         _require(

@@ -133,6 +133,8 @@ def test_there_are_bounds_on_what_counts_and_scales() -> None:
         ("model", {"reverse_ema": "acausal"}, "model.reverse_ema"),
         ("optim", {"muon": "adam"}, "optim.muon"),
         ("model", {"lora_rank": 12}, "model.lora_rank"),
+        ("model", {"bank_backend": "triton", "adapter": "lora"}, "model.bank_backend"),
+        ("model", {"bank_backend": "triton", "dtype": "float64"}, "model.bank_backend"),
         ("data", {"slice_tokens": 12_289}, "data.slice_tokens"),
         ("data", {"val_slice_tokens": 1000}, "data.val_slice_tokens"),
         ("schedule", {"activation": ()}, "schedule.activation"),

@@ -9,14 +9,16 @@ import pty
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from switch_bank.checkpoint import load, save
-from switch_bank.config import from_dict
+from switch_bank.config import ConfigError, from_dict, presets
 from switch_bank.data import Shards, validation_batches, write_shard
+from switch_bank.distributed import World
 from switch_bank.model.gpt import SwitchBankGPT
 from switch_bank.schedules import step_state
 from tests.runs import (
@@ -159,6 +161,15 @@ def test_bad_input_gets_one_clear_line_and_exit_code_2(shards, tmp_path, options
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "bad" / "log.txt").exists()
+
+
+def test_kernels_that_need_a_gpu_are_refused_without_one():
+    from train_switch_bank import main
+
+    nano = presets["nano"]
+    config = replace(nano, model=replace(nano.model, bank_backend="triton"))
+    with pytest.raises(ConfigError, match="model.bank_backend is triton: it must be .* without a CUDA GPU"):
+        main(config, World(0, 1, torch.device("cpu")))
 
 
 def test_processes_that_do_not_divide_the_slices_are_refused(shards, tmp_path):

@@ -50,7 +50,7 @@ class Bank(nn.Module):
         """How the experts' products are computed for `tokens` tokens of `dtype`."""
         config = self.config
         plain = config.adapter != "lora" and config.width % 2 == config.expert_width % 2 == 0
-        return choose_backend(config.bank_backend, dtype, tokens, self.w1.device.type, plain)
+        return choose_backend(config.bank_backend, self.w1.device, dtype, tokens, plain)
 
     def of_layers(self, backend: str, dtype: torch.dtype) -> list[Experts]:
         """One Experts a layer, for products by `backend` in `dtype`; unbound together, so that their gradients are

@@ -28,16 +28,19 @@ FEW = 16  # tokens: fewer than any slice has, as many as are decoded together at
 MANY = 128  # tokens: the shortest slice
 
 
-def choose_backend(name: str, dtype: torch.dtype, tokens: int, device: str, plain: bool) -> str:
+def choose_backend(name: str, device: torch.device, dtype: torch.dtype, tokens: int, plain: bool) -> str:
     """The backend an option names. "auto" gathers for a few tokens; else it is the kernel of `bank_cpu` where that
-    runs, which takes no LoRA and even widths (`plain`), and grouped_mm elsewhere, which takes no float64."""
+    runs, which takes no LoRA and even widths (`plain`), and grouped_mm elsewhere, which takes no float64. "triton" is
+    "auto" where its kernels cannot run or do not pay: a model trained with it is read on a CPU, too."""
+    if name == "triton" and (device.type != "cuda" or tokens <= FEW):
+        name = "auto"
     if name != "auto":
         return name
     if tokens <= FEW:
         return "gathered"
     if dtype == torch.float64:
         return "reference"
-    return "avx512" if device == "cpu" and plain and dtype in bank_cpu.DTYPES else "grouped"
+    return "avx512" if device.type == "cpu" and plain and dtype in bank_cpu.DTYPES else "grouped"
 
 
 def expert_ffn(
@@ -59,6 +62,8 @@ def expert_ffn(
         return _loop_over_experts(x, w1, w2, adapter, experts, gates)
     if w1.shape[0] == 1:
         return gates * _dense(x, w1[0], w2[0], _of_expert(adapter, 0))
+    if backend == "triton":
+        return _fused(x, w1, w2, adapter, experts, gates)
     return _sorted_by_expert(x, w1, w2, adapter, experts, gates)
 
 
@@ -123,6 +128,20 @@ def _sorted_by_expert(x: Tensor, w1: Tensor, w2: Tensor, adapter: Adapter, exper
     return (picks * gates[..., None]).sum(dim=1)
 
 
+def _fused(x: Tensor, w1: Tensor, w2: Tensor, adapter: Adapter, experts: Tensor, gates: Tensor) -> Tensor:
+    """Rows sorted by expert as well, but they are never written: kernels read x and write y by index."""
+    from switch_bank.ops import bank_triton
+
+    if adapter.in_down is not None:
+        raise ValueError("backend triton has no LoRA adapters; take grouped")
+    plan = plan_rows(experts, w1.shape[0], bank_triton.TILE)
+    y, _ = bank_triton.fused_experts(
+        x, w1, w2, adapter.scale, adapter.bias, gates,
+        plan.pick_of_row, plan.row_of_pick, plan.expert_of_block(), plan.ends,
+    )  # fmt: skip
+    return y
+
+
 def grouped_mm(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     """rows [R, in] sorted by group, matrices [E, in, out], ends [E] int32: where each group ends. Returns [R, out]."""
     if rows.dtype == torch.bfloat16:
@@ -158,15 +177,21 @@ _opaque_grouped_mm.register_autograd(_opaque_backward, setup_context=_save_for_b
 class RowPlan(NamedTuple):
     """Where each pick, a (token, k) pair of N tokens and K picks, stands among R rows sorted by expert.
 
-    An expert's rows are whole blocks of ALIGN. Rows that fill up its last block, and those behind the last expert's,
+    An expert's rows are whole blocks of `align`. Rows that fill up its last block, and those behind the last expert's,
     belong to no pick: their index is one past the end.
     """
 
     row_of_pick: Tensor  # [N, K] int64
     pick_of_row: Tensor  # [R] int64, N·K where there is none
     token_of_row: Tensor  # [R] int64, N where there is none
-    block_is_of_expert: Tensor  # [R / ALIGN, E] bool
+    block_is_of_expert: Tensor  # [R / align, E] bool
     ends: Tensor  # [E] int32: one past the last row of each expert
+
+    def expert_of_block(self) -> Tensor:
+        """[R / align] int32, E where there is none."""
+        rows, blocks = len(self.pick_of_row), len(self.block_is_of_expert)
+        first_rows = torch.arange(0, rows, rows // blocks, device=self.ends.device, dtype=torch.int32)
+        return torch.searchsorted(self.ends, first_rows, right=True, out_int32=True)
 
 
 # Rows of an expert, rounded up. On a CPU, oneDNN compiles a kernel for each new number of rows, which costs more than
@@ -174,20 +199,20 @@ class RowPlan(NamedTuple):
 ALIGN = 32
 
 
-def plan_rows(experts: Tensor, count: int) -> RowPlan:
-    """experts: [N, K] int64 in 0..count-1. All shapes are static: R = N·K + count·ALIGN, rounded down to ALIGN."""
+def plan_rows(experts: Tensor, count: int, align: int = ALIGN) -> RowPlan:
+    """experts: [N, K] int64 in 0..count-1. All shapes are static: R = N·K + count·align, rounded down to align."""
     tokens, top_k = experts.shape
     picks = tokens * top_k
-    size = (picks + count * ALIGN) // ALIGN * ALIGN
+    size = (picks + count * align) // align * align
     sorted_experts, pick = experts.flatten().sort(stable=True)
     bounds = torch.searchsorted(sorted_experts, torch.arange(count + 1, device=experts.device))  # in sorted picks
-    rows = (bounds.diff() + ALIGN - 1) // ALIGN * ALIGN
+    rows = (bounds.diff() + align - 1) // align * align
     ends = rows.cumsum(0)
     starts = ends - rows
     row = (starts - bounds[:-1])[sorted_experts] + torch.arange(picks, device=experts.device)
     row_of_pick = torch.empty_like(pick).scatter_(0, pick, row)
     pick_of_row = pick.new_full((size,), picks).scatter_(0, row, pick)
-    block = torch.arange(0, size, ALIGN, device=experts.device)[:, None]
+    block = torch.arange(0, size, align, device=experts.device)[:, None]
     of_expert = (starts <= block) & (block < ends)
     return RowPlan(row_of_pick.view(tokens, top_k), pick_of_row, pick_of_row // top_k, of_expert, ends.int())
 

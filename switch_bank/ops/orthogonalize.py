@@ -3,12 +3,15 @@
 Muon replaces a gradient by (nearly) its polar factor; this is that step alone, with the SVD beside it as the reference.
 """
 
+from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 Variant = Literal["turbo", "plain"]
+TRITON_INSTALLED = find_spec("triton") is not None
 
 # (a, b, c) of X <- aX + b(XX^T)X + c(XX^T)^2 X, one triple an iteration.
 POLYNOMIALS: dict[Variant, tuple[tuple[float, float, float], ...]] = {
@@ -22,7 +25,9 @@ POLYNOMIALS: dict[Variant, tuple[tuple[float, float, float], ...]] = {
 }
 
 
-def orthogonalize(matrices: Tensor, variant: Variant = "turbo") -> Tensor:
+def orthogonalize(
+    matrices: Tensor, variant: Variant = "turbo", backend: Literal["auto", "torch", "triton"] = "auto"
+) -> Tensor:
     """Singular values of every matrix moved close to 1, its zero singular values left at 0.
 
     matrices: [..., rows, cols], bfloat16, float32 or float64, finite, of any magnitude; the matmuls run in this dtype.
@@ -34,6 +39,8 @@ def orthogonalize(matrices: Tensor, variant: Variant = "turbo") -> Tensor:
     https://kellerjordan.github.io/posts/muon/.
     A small singular value grows 147-fold in "turbo" and 485-fold in "plain". The preconditioning wins that back while a
     matrix has many strong directions; where one or two hold nearly all of it, "plain" brings the weak ones closer to 1.
+    backend: who multiplies the two symmetric products of an iteration; "auto" is Triton, which computes half of each,
+    for bfloat16 on CUDA, and else torch's batched products.
     Raises ValueError for fewer than two dimensions, another dtype or an unknown variant.
     """
     if matrices.ndim < 2:
@@ -45,16 +52,19 @@ def orthogonalize(matrices: Tensor, variant: Variant = "turbo") -> Tensor:
     tall = matrices.size(-2) > matrices.size(-1)
     wide = matrices.mT if tall else matrices
     x = _scale_by_power_of_two(wide.reshape(-1, *wide.shape[-2:]))
+    if backend == "auto":
+        backend = "triton" if TRITON_INSTALLED and x.is_cuda and x.dtype == torch.bfloat16 else "torch"
+    gram_of, polynomial = _symmetric_products(backend)
     if variant == "turbo":
-        x, gram = _almost_orthogonal_rows(x)
+        x, gram = _almost_orthogonal_rows(x, gram_of(x))
     else:
         norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
         x = x / norm.clamp(min=torch.finfo(x.dtype).tiny)
-        gram = torch.bmm(x, x.mT)
+        gram = gram_of(x)
     for iteration, (a, b, c) in enumerate(POLYNOMIALS[variant]):
         if iteration > 0:
-            gram = torch.bmm(x, x.mT)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+            gram = gram_of(x)
+        x = torch.baddbmm(x, polynomial(gram, b, c), x, beta=a)
     x = x.reshape(wide.shape)
     return x.mT if tall else x
 
@@ -71,6 +81,15 @@ def orthogonalize_svd(matrices: Tensor) -> Tensor:
     return ((left * present.unsqueeze(-2)) @ right).to(matrices.dtype)
 
 
+def _symmetric_products(backend: str) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor, float, float], Tensor]]:
+    """X·Xᵀ of [n, rows, cols] and, from symmetric matrices A [n, rows, rows] and two numbers, b·A + c·A·A."""
+    if backend == "triton":
+        from switch_bank.ops import symmetric_triton
+
+        return symmetric_triton.gram, symmetric_triton.polynomial
+    return lambda x: torch.bmm(x, x.mT), lambda gram, b, c: torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+
+
 def _scale_by_power_of_two(x: Tensor) -> Tensor:
     """Each matrix divided so that its largest magnitude lies in [1, 2): its Gram matrix neither overflows nor vanishes.
 
@@ -83,12 +102,11 @@ def _scale_by_power_of_two(x: Tensor) -> Tensor:
     return x / (largest / (2 * mantissa)).to(x.dtype)
 
 
-def _almost_orthogonal_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+def _almost_orthogonal_rows(x: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
     """AOL preconditioning: rows scaled so that the spectral norm is at most 1.
 
-    x: [n, rows, cols]. Returns the scaled matrices and their Gram matrices [n, rows, rows], both in the dtype of x.
+    x: [n, rows, cols] and its Gram matrices [n, rows, rows]. Returns both of the scaled matrices, in the dtype of x.
     """
-    gram = torch.bmm(x, x.mT)
     row_sums = gram.abs().sum(-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
     # Below this sum underflow may have eaten products of the row, and its scale would be noise: it counts as zero.
     smallest_sum = torch.finfo(x.dtype).tiny / torch.finfo(x.dtype).eps * x.size(-1)

@@ -88,7 +88,7 @@ def test_the_ratio_is_the_banks_time_over_the_dense_one(layer):
     row = measure(layer, DenseLayer(layer), "balanced", error=0.0, seconds=0)
     check(row, SCHEMA["bank"][0])
     assert row["ratio"] == row["bank_ms"] / row["dense_ms"]
-    assert row["shape"] == SHAPE._asdict()
+    assert row["shape"] == SHAPE._asdict() and row["backend"] == ("avx512" if torch.float32 in DTYPES else "grouped")
     for name in ("dense", "bank"):
         first, third = row[f"{name}_quartiles_ms"]
         assert first <= round(row[f"{name}_ms"], 4) <= third
@@ -113,6 +113,19 @@ def test_a_profile_names_what_dense_and_bank_spend_their_time_on(program):
     kernel = "bank_forward" if torch.float32 in DTYPES else "grouped_mm"
     assert "aten::mm" in finished.err and f"switch_bank::{kernel}" in finished.err
     assert "float32" in finished.out and "ratio" in finished.out
+
+
+def test_the_backend_that_is_asked_for_is_measured(program):
+    options = ["--tokens", "128", "--experts", "2", "--dtypes", "float32", "--routings", "skewed", "--seconds", "0"]
+    finished = program(bank, "--presets", "nano", *options, "--no-compile", "--json", "--backend", "reference")
+    assert json.loads(finished.out)["backend"] == "reference"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is no GPU")
+def test_kernels_that_need_a_gpu_are_refused_without_one(program):
+    finished = program(bank, "--backend", "triton")
+    assert finished.exit_code == 2
+    assert "--backend triton takes a CUDA GPU" in finished.err
 
 
 def test_a_shape_that_cannot_be_gets_one_clear_line(program):

@@ -18,6 +18,7 @@ from switch_bank.data import write_shard
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = [
     "shards", "limits", "bank-slice", "bank-eight-slices", "step", "optimizer", "tests", "torchrun", "small",
+    "tests-triton", "bank-slice-triton", "bank-eight-slices-triton",
 ]  # fmt: skip
 
 
@@ -64,7 +65,7 @@ def test_steps_that_fail_stop_no_other_and_are_written_down_as_failed(broken):
     result, document = broken
     check(document)
     assert [step["name"] for step in document["steps"]] == STEPS
-    assert [step["status"] for step in document["steps"]] == ["passed"] + 8 * ["failed"]
+    assert [step["status"] for step in document["steps"]] == ["passed"] + 11 * ["failed"]
     for step in document["steps"][1:]:
         assert step["exit_code"] == 3 and "this Python is broken" in step["tail"]
     assert document["bank"] == document["step"] == document["optimizer"] == document["runs"] == []
@@ -100,7 +101,7 @@ def test_every_step_of_gpu_sh_runs_on_a_cpu_at_small_shapes(inputs, tmp_path):
     failed = {step["name"]: step["tail"] for step in document["steps"] if step["status"] != "passed"}
     assert failed == {}
     assert [step["name"] for step in document["steps"]] == STEPS
-    assert [len(document[kind]) for kind in ("bank", "step", "optimizer", "limits")] == [4, 1, 4, 10]
+    assert [len(document[kind]) for kind in ("bank", "step", "optimizer", "limits")] == [8, 1, 4, 10]
     assert {row["shape"]["top_k"] for row in document["bank"]} == {1, 2}
     torchrun, small = sorted(document["runs"], key=lambda run: run["name"] == "small")
     for run in (torchrun, small):

@@ -290,14 +290,21 @@ def test_the_order_of_the_tokens_changes_only_the_order_of_the_results(backend: 
 
 def test_auto_takes_what_is_fastest_and_works() -> None:
     def choice(dtype: torch.dtype, tokens: int = FEW + 1, device: str = "cpu", plain: bool = True) -> str:
-        return choose_backend("auto", dtype, tokens, device, plain)
+        return choose_backend("auto", torch.device(device), dtype, tokens, plain)
 
     for dtype in (torch.float32, torch.bfloat16):
         assert choice(dtype) == ("avx512" if dtype in bank_cpu.DTYPES else "grouped")
         assert choice(dtype, device="cuda") == choice(dtype, plain=False) == "grouped"
     assert choice(torch.float64) == "reference"
     assert choice(torch.float64, tokens=1) == choice(torch.bfloat16, tokens=FEW) == "gathered"
-    assert choose_backend("reference", torch.float32, 1, "cpu", True) == "reference"
+    assert choose_backend("reference", torch.device("cpu"), torch.float32, 1, True) == "reference"
+
+
+def test_triton_is_for_many_tokens_on_cuda_and_else_what_auto_is() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert choose_backend("triton", cuda, torch.bfloat16, FEW + 1, True) == "triton"
+    assert choose_backend("triton", cuda, torch.bfloat16, FEW, True) == "gathered"
+    assert choose_backend("triton", cpu, torch.float64, 128, True) == "reference"
 
 
 def test_grouped_products_are_correct_operators_of_torch() -> None:
