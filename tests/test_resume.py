@@ -102,10 +102,10 @@ def test_any_number_of_processes_takes_the_steps_of_one_to_the_bit(finished, sha
 @pytest.mark.slow
 def test_nano_itself_takes_the_same_steps_on_any_number_of_processes(shards, tmp_path):
     nano = [
-        "nano", "--data.train", f"{shards}/train_*.bin", "--data.val", f"{shards}/val_*.bin", "--data.val-tokens", "4096",
-        "--model.vocab-size", "257", "--model.eod-token", str(EOD), "--model.dtype", "float32",
-        "--optim.muon-dtype", "float32", "--run.tokens-per-forward", "512", "--run.steps", "20", "--run.val-at-seconds",
-        "--run.log-every", "1", "--run.no-compile", "--run.no-report",
+        "nano", "--data.train", f"{shards}/train_*.bin", "--data.val", f"{shards}/val_*.bin",
+        "--data.val-tokens", "4096", "--model.vocab-size", "257", "--model.eod-token", str(EOD),
+        "--model.dtype", "float32", "--optim.muon-dtype", "float32", "--run.tokens-per-forward", "512",
+        "--run.steps", "20", "--run.val-at-seconds", "--run.log-every", "1", "--run.no-compile", "--run.no-report",
     ]  # fmt: skip
     one = train(nano, tmp_path / "one")
     assert one.returncode == 0, one.stderr
