@@ -35,7 +35,7 @@ from switch_bank.model.gpt import SwitchBankGPT
 from switch_bank.model.router import RoutingSums
 from switch_bank.model.size import size_table
 from switch_bank.numerics import set_numerics
-from switch_bank.optim.groups import QuantileClip, build_optimizers, parameter_groups, set_rates
+from switch_bank.optim.groups import QuantileClip, build_optimizers, in_backward_order, parameter_groups, set_rates
 from switch_bank.routing_metrics import RoutingMetrics
 from switch_bank.validation import least_share, validate
 
@@ -108,7 +108,7 @@ def main(config: Config, world: World) -> None:
         model = SwitchBankGPT(config.model)
     if run.recompute:
         model.recompute_layers()
-    gradients = distributed.Gradients(model.parameters(), own_slices // slices_together)
+    gradients = distributed.Gradients(in_backward_order(model), own_slices // slices_together)
     muon, adam = build_optimizers(model, config)
     optim = config.optim
     clip = QuantileClip(parameter_groups(model)["routers"], optim.router_clip_quantile, optim.router_clip_history)
@@ -144,8 +144,9 @@ def main(config: Config, world: World) -> None:
             stop_non_finite(step, loss)
         clip.step()
         set_rates(muon, adam, step, config)
-        muon.step()
-        adam.step()
+        muon.start_step()
+        adam.step()  # while the processes exchange what Muon made
+        muon.finish_step()
         picks.mul_(0.9).add_(routing.counts)
         if model.routers is not None and config.model.balance == "bias":
             model.routers.update_balance_bias(routing.counts, model.routers.active(states[step]))

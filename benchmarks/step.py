@@ -38,7 +38,7 @@ from switch_bank.model.features import documents_of
 from switch_bank.model.gpt import SwitchBankGPT
 from switch_bank.model.router import RoutingSums
 from switch_bank.model.size import forward_flops, parts
-from switch_bank.optim.groups import QuantileClip, build_optimizers, parameter_groups, set_rates
+from switch_bank.optim.groups import QuantileClip, build_optimizers, in_backward_order, parameter_groups, set_rates
 
 MEDIAN_DOCUMENT = 800  # tokens, as in FineWeb
 STEPS_A_TURN = {"cpu": 1, "cuda": 5}  # so many are queued at once: between steps, a GPU waits for no host in training
@@ -65,7 +65,7 @@ class TrainingStep:
             self.model = SwitchBankGPT(config.model)
         if run.recompute:
             self.model.recompute_layers()
-        self.gradients = distributed.Gradients(self.model.parameters(), mine // self.slices_together)
+        self.gradients = distributed.Gradients(in_backward_order(self.model), mine // self.slices_together)
         self.muon, self.adam = build_optimizers(self.model, config)
         routers = parameter_groups(self.model)["routers"]
         self.clip = QuantileClip(routers, config.optim.router_clip_quantile, config.optim.router_clip_history)
@@ -100,8 +100,9 @@ class TrainingStep:
             raise ArithmeticError(f"step {step}: the loss or a gradient is not finite")
         self.clip.step()
         set_rates(self.muon, self.adam, step, config)
-        self.muon.step()
+        self.muon.start_step()
         self.adam.step()
+        self.muon.finish_step()
         self.picks.mul_(0.9).add_(counts)
         if model.routers is not None and config.model.balance == "bias":
             model.routers.update_balance_bias(counts, model.routers.active(state))
