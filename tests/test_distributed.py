@@ -224,7 +224,7 @@ def three_steps_of_the_trainer(world: World, arguments: list[str]) -> list[str]:
     all_reduce = dist.all_reduce
     begin_sum = noting(events, "sum begins", all_reduce)
     dist.all_reduce = lambda *args, **options: (begin_sum if "async_op" in options else all_reduce)(*args, **options)
-    dist.all_gather_into_tensor = noting(events, "gather begins", dist.all_gather_into_tensor)
+    dist.all_gather = noting(events, "gather begins", dist.all_gather)
     torch.optim.AdamW.step = noting(events, "AdamW", torch.optim.AdamW.step)  # type: ignore[method-assign]
     turbo_muon.wait_for = noting(events, "gather ends", turbo_muon.wait_for)
     trainer.main(parse(arguments, "nano"), world)

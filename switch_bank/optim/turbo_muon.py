@@ -118,9 +118,9 @@ class TurboMuon(torch.optim.Optimizer):
         batch = torch.cat([*matrices, padding])
         if processes == 1:
             return self.orthogonalize(batch, self.variant), None
-        share = batch.chunk(processes)[dist.get_rank(self.process_group)]
-        mine = self.orthogonalize(share, self.variant)
-        return batch, dist.all_gather_into_tensor(batch, mine, group=self.process_group, async_op=True)
+        shares = list(batch.chunk(processes))  # views: what the others send is written into the batch
+        mine = self.orthogonalize(shares[dist.get_rank(self.process_group)], self.variant)
+        return batch, dist.all_gather(shares, mine, group=self.process_group, async_op=True)
 
 
 class _Direction(NamedTuple):
