@@ -35,7 +35,7 @@ from switch_bank.model.gpt import SwitchBankGPT
 from switch_bank.model.router import RoutingSums
 from switch_bank.model.size import size_table
 from switch_bank.numerics import set_numerics
-from switch_bank.optim.groups import QuantileClip, build_optimizers, parameter_groups, set_rates
+from switch_bank.optim.groups import QuantileClip, build_optimizers, in_backward_order, parameter_groups, set_rates
 from switch_bank.routing_metrics import RoutingMetrics
 from switch_bank.validation import least_share, validate
 
@@ -77,8 +77,11 @@ def main(config: Config, world: World) -> None:
     data = config.data
     train_shards = Shards.open(data.train, config.model.vocab_size)
     val_shards = Shards.open(data.val, config.model.vocab_size)
-    stream = TokenStream(train_shards, data.slice_tokens, data.slices_per_step, world.rank, world.size, device)
-    slices_together = largest_divisor(data.slices_per_step // world.size, run.tokens_per_forward // data.slice_tokens)
+    own_slices = data.slices_per_step // world.size
+    slices_together = largest_divisor(own_slices, run.tokens_per_forward // data.slice_tokens)
+    stream = TokenStream(
+        train_shards, data.slice_tokens, data.slices_per_step, world.rank, world.size, device, slices_together
+    )
     val_slices_together = max(1, run.tokens_per_forward // data.val_slice_tokens)
 
     def val_batches() -> Iterator[tuple[Tensor, Tensor]]:
@@ -107,13 +110,12 @@ def main(config: Config, world: World) -> None:
         model = SwitchBankGPT(config.model)
     if run.recompute:
         model.recompute_layers()
-    gradients = distributed.flat_gradients(model.parameters())
+    gradients = distributed.Gradients(in_backward_order(model), own_slices // slices_together)
     muon, adam = build_optimizers(model, config)
     optim = config.optim
     clip = QuantileClip(parameter_groups(model)["routers"], optim.router_clip_quantile, optim.router_clip_history)
     picks = torch.zeros(config.model.layers, config.model.experts, device=device)  # fades over some ten steps
     seed = torch.tensor(run.seed, device=device)
-    own_slices = torch.arange(world.rank, data.slices_per_step, world.size, device=device)
     states = schedules.step_states(config, device)
     if saved is None:
         dtype = compute_dtype(config.model.dtype, device)
@@ -132,21 +134,22 @@ def main(config: Config, world: World) -> None:
         the device."""
         inputs, targets = stream.batch(step)
         gradients.zero_()
-        statistics = torch.zeros((), device=device)
-        for some in zip(*(part.split(slices_together) for part in (inputs, targets, own_slices)), strict=True):
+        sums = torch.zeros((), dtype=torch.float64, device=device)  # exact, whatever the order
+        for some in zip(*(part.split(slices_together) for part in (inputs, targets, stream.own_slices)), strict=True):
             output = model(some[0], some[1], states[step], some[2], seed if noise else None, window_of(step))
             share = slices_together / data.slices_per_step
-            (output.loss * share).backward()
-            statistics = statistics + torch.cat([output.cross_entropy.view(1) * share, output.routing.flat()])
-        distributed.summed(gradients)
-        loss, routing_row = distributed.summed(statistics).tensor_split([1])
+            gradients.backward(output.loss * share)
+            sums = sums + torch.cat([output.cross_entropy.view(1).double() * share, output.routing.flat()])
+        gradients.wait()
+        loss, routing_row = distributed.summed(sums).float().tensor_split([1])
         routing = RoutingSums.from_flat(routing_row, *picks.shape)
-        if check_finite and not bool(torch.isfinite(gradients.sum() + loss)):
+        if check_finite and not bool(torch.isfinite(gradients.flat.sum() + loss)):
             stop_non_finite(step, loss)
         clip.step()
         set_rates(muon, adam, step, config)
-        muon.step()
-        adam.step()
+        muon.start_step()
+        adam.step()  # while the processes exchange what Muon made
+        muon.finish_step()
         picks.mul_(0.9).add_(routing.counts)
         if model.routers is not None and config.model.balance == "bias":
             model.routers.update_balance_bias(routing.counts, model.routers.active(states[step]))

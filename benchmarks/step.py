@@ -38,7 +38,7 @@ from switch_bank.model.features import documents_of
 from switch_bank.model.gpt import SwitchBankGPT
 from switch_bank.model.router import RoutingSums
 from switch_bank.model.size import forward_flops, parts
-from switch_bank.optim.groups import QuantileClip, build_optimizers, parameter_groups, set_rates
+from switch_bank.optim.groups import QuantileClip, build_optimizers, in_backward_order, parameter_groups, set_rates
 
 MEDIAN_DOCUMENT = 800  # tokens, as in FineWeb
 STEPS_A_TURN = {"cpu": 1, "cuda": 5}  # so many are queued at once: between steps, a GPU waits for no host in training
@@ -53,23 +53,24 @@ class TrainingStep:
     def __init__(self, config: Config, shards: Shards, world: distributed.World) -> None:
         data, run, self.device = config.data, config.run, world.device
         self.config = config
-        self.stream = TokenStream(shards, data.slice_tokens, data.slices_per_step, world.rank, world.size, world.device)
         mine = data.slices_per_step // world.size
         self.slices_together = max(
             n for n in range(1, mine + 1) if mine % n == 0 and n <= max(1, run.tokens_per_forward // data.slice_tokens)
+        )
+        self.stream = TokenStream(
+            shards, data.slice_tokens, data.slices_per_step, world.rank, world.size, world.device, self.slices_together
         )
         torch.manual_seed(run.seed)
         with self.device:
             self.model = SwitchBankGPT(config.model)
         if run.recompute:
             self.model.recompute_layers()
-        self.gradients = distributed.flat_gradients(self.model.parameters())
+        self.gradients = distributed.Gradients(in_backward_order(self.model), mine // self.slices_together)
         self.muon, self.adam = build_optimizers(self.model, config)
         routers = parameter_groups(self.model)["routers"]
         self.clip = QuantileClip(routers, config.optim.router_clip_quantile, config.optim.router_clip_history)
         self.picks = torch.zeros(config.model.layers, config.model.experts, device=self.device)
         self.seed = torch.tensor(run.seed, device=self.device)
-        self.own_slices = torch.arange(world.rank, data.slices_per_step, world.size, device=self.device)
         self.states = schedules.step_states(config, self.device)
         if run.compile:
             self.model.compile()
@@ -85,23 +86,23 @@ class TrainingStep:
         seed = self.seed if schedules.gumbel_noise(step, config.schedule) else None
         inputs, targets = self.stream.batch(step)
         self.gradients.zero_()
-        sums = torch.zeros((), device=self.device)
-        for some in zip(
-            *(part.split(self.slices_together) for part in (inputs, targets, self.own_slices)), strict=True
-        ):
+        sums = torch.zeros((), dtype=torch.float64, device=self.device)
+        own = (inputs, targets, self.stream.own_slices)
+        for some in zip(*(part.split(self.slices_together) for part in own), strict=True):
             output = model(some[0], some[1], state, some[2], seed, self.window(step))
             share = self.slices_together / config.data.slices_per_step
-            (output.loss * share).backward()
-            sums = sums + torch.cat([output.cross_entropy.view(1) * share, output.routing.flat()])
-        distributed.summed(self.gradients)
-        loss, routing_row = distributed.summed(sums).tensor_split([1])
+            self.gradients.backward(output.loss * share)
+            sums = sums + torch.cat([output.cross_entropy.view(1).double() * share, output.routing.flat()])
+        self.gradients.wait()
+        loss, routing_row = distributed.summed(sums).float().tensor_split([1])
         counts = RoutingSums.from_flat(routing_row, *self.picks.shape).counts
-        if self.device.type == "cpu" and not bool(torch.isfinite(self.gradients.sum() + loss)):
+        if self.device.type == "cpu" and not bool(torch.isfinite(self.gradients.flat.sum() + loss)):
             raise ArithmeticError(f"step {step}: the loss or a gradient is not finite")
         self.clip.step()
         set_rates(self.muon, self.adam, step, config)
-        self.muon.step()
+        self.muon.start_step()
         self.adam.step()
+        self.muon.finish_step()
         self.picks.mul_(0.9).add_(counts)
         if model.routers is not None and config.model.balance == "bias":
             model.routers.update_balance_bias(counts, model.routers.active(state))

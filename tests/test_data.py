@@ -144,23 +144,34 @@ def test_a_token_outside_the_vocabulary_is_found_wherever_it_is(tmp_path: Path, 
 
 
 @settings(deadline=None, max_examples=50)
-@given(data=st.data(), processes=st.integers(1, 6), rounds=st.integers(1, 3), blocks=st.integers(1, 3))
-def test_a_step_reads_the_same_tokens_on_any_number_of_processes(
-    counting: Counting, data: st.DataObject, processes: int, rounds: int, blocks: int
+@given(
+    data=st.data(),
+    processes=st.integers(1, 6),
+    rounds=st.integers(1, 3),
+    together=st.integers(1, 3),
+    blocks=st.integers(1, 3),
+)
+def test_a_step_reads_the_same_tokens_in_the_same_groups_on_any_number_of_processes(
+    counting: Counting, data: st.DataObject, processes: int, rounds: int, together: int, blocks: int
 ) -> None:
-    slices, slice_tokens = processes * rounds, 128 * blocks
+    slices, slice_tokens = processes * rounds * together, 128 * blocks
     shards = counting(data.draw(st.lists(st.integers(1, 3000), min_size=1, max_size=4)))
     step = data.draw(st.integers(0, 20))
-    streams = [TokenStream(shards, slice_tokens, slices, rank, processes, "cpu") for rank in range(processes)]
     inputs = torch.empty(slices, slice_tokens, dtype=torch.int64)
     targets = torch.empty_like(inputs)
-    for rank, stream in enumerate(streams):
-        inputs[rank::processes], targets[rank::processes] = stream.batch(step)
+    groups = []
+    for rank in range(processes):
+        stream = TokenStream(shards, slice_tokens, slices, rank, processes, "cpu", together)
+        inputs[stream.own_slices], targets[stream.own_slices] = stream.batch(step)
+        groups.append([group.tolist() for group in stream.own_slices.split(together)])
+    # Group i is group i // P of process i mod P: interleaved, the groups are in the stream's order.
+    in_order = [groups[i % processes][i // processes] for i in range(slices // together)]
+    assert in_order == torch.arange(slices).view(-1, together).tolist()
     start = step * slices * slice_tokens
     expected = torch.arange(start, start + slices * slice_tokens + 1) % shards.total
     assert torch.equal(inputs.flatten(), expected[:-1])
     assert torch.equal(targets.flatten(), expected[1:])
-    assert streams[0].epoch(step) == start // shards.total
+    assert stream.epoch(step) == start // shards.total
 
 
 def test_a_batch_depends_on_the_step_alone_whatever_was_read_before(counting: Counting) -> None:
@@ -333,10 +344,12 @@ def test_a_slice_that_is_no_multiple_of_128_is_refused(counting: Counting, slice
         validation_batches(counting([5000]), 1000, slice_tokens, 1, 0, 1, EOD, "cpu")
 
 
-@pytest.mark.parametrize(("slices", "processes"), [(8, 3), (2, 4), (0, 1)])
-def test_processes_that_cannot_share_a_step_evenly_are_refused(counting: Counting, slices: int, processes: int) -> None:
+@pytest.mark.parametrize(("slices", "processes", "together"), [(8, 3, 1), (2, 4, 1), (0, 1, 1), (8, 2, 3), (8, 4, 4)])
+def test_processes_that_cannot_share_a_step_evenly_are_refused(
+    counting: Counting, slices: int, processes: int, together: int
+) -> None:
     with pytest.raises(DataError, match=f"{processes} processes cannot share {slices} slices"):
-        TokenStream(counting([5000]), 128, slices, 0, processes, "cpu")
+        TokenStream(counting([5000]), 128, slices, 0, processes, "cpu", together)
 
 
 @settings(deadline=None, max_examples=50)

@@ -22,7 +22,6 @@ from switch_bank.distributed import World
 from switch_bank.model.gpt import SwitchBankGPT
 from switch_bank.schedules import step_state
 from tests.runs import (
-    ACROSS_PROCESSES,
     EOD,
     ROOT,
     byte_documents,
@@ -101,9 +100,12 @@ def test_another_seed_gives_another_run(finished, shards, tmp_path):
     assert losses(tmp_path / "other") != losses(finished[0])
 
 
-def test_slices_that_go_through_together_or_one_by_one_learn_the_same(finished, shards, tmp_path):
-    train([*tiny(shards), "--run.steps", "50", "--run.tokens-per-forward", "512"], tmp_path / "single")
-    assert losses(tmp_path / "single") == pytest.approx(losses(finished[0]), abs=ACROSS_PROCESSES)
+def test_slices_that_go_through_together_or_one_by_one_learn_the_same(shards, tmp_path):
+    # At this rate margins grow soon, so that no rounding flips a route.
+    options = [*tiny(shards), "--run.steps", "20", "--optim.router-lr", "0.01"]
+    for tokens in ("512", "2048"):
+        train([*options, "--run.tokens-per-forward", tokens], tmp_path / tokens)
+    assert losses(tmp_path / "512") == pytest.approx(losses(tmp_path / "2048"), abs=1e-4)
 
 
 def test_a_number_that_is_not_finite_stops_the_run_with_its_step_its_parts_and_a_saved_state(

@@ -153,6 +153,20 @@ def test_a_saved_state_takes_the_same_next_step(tmp_path: Path) -> None:
         assert torch.equal(optimizer.state[param]["momentum_buffer"], resumed.state[other]["momentum_buffer"])
 
 
+def test_a_step_in_two_parts_moves_parameters_in_the_second_only() -> None:
+    params, whole = parameters(), parameters()
+    optimizer, reference = TurboMuon(params, lr=0.02), TurboMuon(whole, lr=0.02)
+    for step in range(3):
+        before = [param.detach().clone() for param in params]
+        give_gradients(params, step)
+        give_gradients(whole, step)
+        optimizer.start_step()
+        assert all(torch.equal(param, old) for param, old in zip(params, before, strict=True))
+        optimizer.finish_step()
+        reference.step()
+        assert all(torch.equal(param, other) for param, other in zip(params, whole, strict=True))
+
+
 def take_three_steps(world: World) -> dict[str, object]:
     counts: list[int] = []
 

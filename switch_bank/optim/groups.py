@@ -23,6 +23,17 @@ def parameter_groups(model: SwitchBankGPT) -> dict[str, list[nn.Parameter]]:
     }
 
 
+def in_backward_order(model: SwitchBankGPT) -> list[nn.Parameter]:
+    """Every parameter of the model, once, in the order in which a backward finishes their gradients: what the layers
+    share, or hold stacked, is finished with the first layer only."""
+    groups = parameter_groups(model)
+    attention = groups["attention"]
+    return [
+        *groups["head"], *attention[:0:-1], *reversed(groups["experts"]), *attention[:1], *reversed(groups["routers"]),
+        *groups["scalars"], *reversed(groups["adapters"]), *reversed(groups["embeddings"]),
+    ]  # fmt: skip
+
+
 def build_optimizers(model: SwitchBankGPT, config: Config) -> tuple[TurboMuon, torch.optim.AdamW]:
     """Muon for attention and expert matrices, fused AdamW for all others; `base_lr` in a group is its rate before
     the schedule, `name` its name."""

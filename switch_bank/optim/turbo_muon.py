@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from switch_bank.distributed import wait_for
 from switch_bank.ops.orthogonalize import Variant, orthogonalize
 
 
@@ -42,6 +43,7 @@ class TurboMuon(torch.optim.Optimizer):
         self.dtype = dtype
         self.process_group = process_group
         self.orthogonalize = orthogonalize
+        self.started: list[_Started] = []
         for group in self.param_groups:
             for param in group["params"]:
                 if param.ndim < 2 or param.dtype != torch.float32:
@@ -53,6 +55,13 @@ class TurboMuon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient. With several processes, all of them must call this together."""
+        self.start_step()
+        self.finish_step()
+
+    @torch.no_grad()
+    def start_step(self) -> None:
+        """The first part of `step`: orthogonalize, and begin to exchange the results. Parameters stay as they are, so
+        that other work, such as the step of another optimizer, goes on meanwhile."""
         by_shape: dict[tuple[int, int], list[_Direction]] = {}
         for group in self.param_groups:
             for param in group["params"]:
@@ -67,12 +76,22 @@ class TurboMuon(torch.optim.Optimizer):
                     _Direction(param, matrices, step_size)
                 )
         for directions in by_shape.values():
-            updates = self._orthogonalize_shared([direction.matrices for direction in directions])
-            counts = [direction.matrices.size(0) for direction in directions]
-            for (param, _, step_size), update in zip(directions, updates.split(counts), strict=True):
+            updates, exchange = self._orthogonalize_shared([direction.matrices for direction in directions])
+            steps = [(direction.param, direction.step_size) for direction in directions]
+            self.started.append(_Started(steps, updates, exchange))
+
+    @torch.no_grad()
+    def finish_step(self) -> None:
+        """The rest of `step`: wait for the results, and update."""
+        for steps, updates, exchange in self.started:
+            if exchange is not None:
+                wait_for(exchange)
+            counts = [param.shape[:-2].numel() for param, _ in steps]
+            for (param, step_size), update in zip(steps, updates[: sum(counts)].split(counts), strict=True):
                 rows, cols = param.shape[-2:]
                 update = update.mT if rows > cols else update
                 param.add_(update.reshape(param.shape), alpha=-step_size)
+        self.started.clear()
 
     def _momentum_direction(self, param: Tensor, momentum: float, nesterov: bool) -> Tensor:
         """Advance the momentum of matrices with a gradient. Returns what to orthogonalize, 0 for other matrices."""
@@ -87,21 +106,21 @@ class TurboMuon(torch.optim.Optimizer):
         buffer.lerp_(grad, (1 - momentum) * active)
         return torch.lerp(grad, buffer, momentum).mul_(active) if nesterov else buffer * active
 
-    def _orthogonalize_shared(self, matrices: list[Tensor]) -> Tensor:
+    def _orthogonalize_shared(self, matrices: list[Tensor]) -> tuple[Tensor, dist.Work | None]:
         """Orthogonalize a list of [n_i, rows, cols] as one batch, each process its share.
 
-        Returns [Σ n_i, rows, cols]. Zero matrices fill the batch up to a multiple of the number of processes.
+        Returns [at least Σ n_i, rows, cols], and what to wait for before reading it. Zero matrices fill the batch up to
+        a multiple of the number of processes.
         """
         processes = dist.get_world_size(self.process_group) if dist.is_available() and dist.is_initialized() else 1
         count = sum(part.size(0) for part in matrices)
         padding = matrices[0].new_zeros(-count % processes, *matrices[0].shape[1:])
         batch = torch.cat([*matrices, padding])
         if processes == 1:
-            return self.orthogonalize(batch, self.variant)
-        shares = list(batch.chunk(processes))
+            return self.orthogonalize(batch, self.variant), None
+        shares = list(batch.chunk(processes))  # views: what the others send is written into the batch
         mine = self.orthogonalize(shares[dist.get_rank(self.process_group)], self.variant)
-        dist.all_gather(shares, mine, group=self.process_group)  # the shares are views: this overwrites the batch
-        return batch[:count]
+        return batch, dist.all_gather(shares, mine, group=self.process_group, async_op=True)
 
 
 class _Direction(NamedTuple):
@@ -110,3 +129,12 @@ class _Direction(NamedTuple):
     param: Tensor
     matrices: Tensor
     step_size: float
+
+
+class _Started(NamedTuple):
+    """The parameters of one shape with the factors of their updates, and the updates [at least Σ n, rows <= cols], once
+    the exchange is done."""
+
+    steps: list[tuple[Tensor, float]]
+    updates: Tensor
+    exchange: dist.Work | None

@@ -14,8 +14,14 @@ from torch import nn
 from switch_bank.config import Config, presets
 from switch_bank.distributed import flat_gradients
 from switch_bank.model.gpt import SwitchBankGPT
-from switch_bank.optim.groups import QuantileClip, build_optimizers, parameter_groups, set_rates
-from switch_bank.schedules import learning_rate_factor, muon_momentum
+from switch_bank.optim.groups import (
+    QuantileClip,
+    build_optimizers,
+    in_backward_order,
+    parameter_groups,
+    set_rates,
+)
+from switch_bank.schedules import learning_rate_factor, muon_momentum, step_state
 
 ConfigOf, ModelOf = Callable[..., Config], Callable[[Config], SwitchBankGPT]
 VARIANTS: list[dict[str, Any]] = [
@@ -40,6 +46,26 @@ def test_every_parameter_of_every_preset_is_in_exactly_one_group(preset: str, op
     assert_each_once(list(groups.values()), model)
     assert all(parameter.ndim == 3 for name in ("attention", "experts") for parameter in groups[name])
     assert all(parameter.shape[-1] == model.config.width for parameter in groups["attention"])
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_a_backward_finishes_gradients_in_the_order_that_is_said(
+    config_of: ConfigOf, model_of: ModelOf, options: dict[str, Any]
+) -> None:
+    config = config_of(**options)
+    model = model_of(config)
+    assert_each_once([in_backward_order(model)], model)
+    finished: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(finished.append)
+    tokens = torch.randint(97, (1, 128), generator=torch.Generator().manual_seed(0))
+    model(tokens, tokens, step_state(1000, config, "cpu")).loss.backward()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    seen, said = ([names[id(parameter)] for parameter in order] for order in (finished, in_backward_order(model)))
+    if config.model.shared:
+        assert seen == said
+    else:  # the experts of all layers in one tensor, which is not worth an order of its own
+        assert [name for name in seen if "bank.w" not in name] == [name for name in said if "bank.w" not in name]
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
