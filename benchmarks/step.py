@@ -110,10 +110,11 @@ class TrainingStep:
 
 
 def dense_baseline(config: Config) -> Config:
-    """The same with one expert, as wide as all that work on one token, without router and adapter."""
+    """An ordinary dense model: in each layer one feed-forward of its own, as wide as all experts that work on one
+    token; no router, no adapter."""
     model = config.model
     width = model.expert_width * (model.top_k + model.always_on_expert)
-    dense = replace(model, experts=1, top_k=1, expert_width=width, always_on_expert=False, adapter="none")
+    dense = replace(model, experts=1, shared=False, top_k=1, expert_width=width, always_on_expert=False, adapter="none")
     return replace(config, model=dense)
 
 

@@ -56,8 +56,9 @@ class Bank(nn.Module):
         """One Experts a layer, for products by `backend` in `dtype`; unbound together, so that their gradients are
         stacked once, not added up."""
         layers, count = self.config.layers, self.config.experts
-        size = len(self.w1) if self.config.shared else count
-        sets = list(zip(self.w1.split(size), self.w2.split(size), strict=True))
+        sets = [(self.w1, self.w2)]
+        if not self.config.shared:
+            sets = list(zip(self.w1.split(count), self.w2.split(count), strict=True))
         arranged = [bank_cpu.arrange(w1, w2, dtype) if backend == "avx512" and count > 1 else None for w1, w2 in sets]
         matrices = [(*own, kernel) for own, kernel in zip(sets, arranged, strict=True)]
         if self.config.shared:

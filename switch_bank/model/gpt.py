@@ -194,8 +194,8 @@ class SwitchBankGPT(nn.Module):
         config = self.config
         start = self.begin(tokens, state, window, past)
         x = start.x0
-        scalars = self.scalars.unbind()
         bank = self.bank.of_layers(self.bank.backend(x.dtype, tokens.numel()), x.dtype)
+        scalars = self.scalars.unbind()
         routers = None if self.routers is None else self.routers.of_layers()
         layer_index = torch.arange(config.layers, device=tokens.device).unbind()
         noise = None

@@ -50,23 +50,25 @@ def orthogonalize(
     if variant not in POLYNOMIALS:
         raise ValueError(f"unknown variant {variant!r}; take one of {', '.join(map(repr, POLYNOMIALS))}")
     tall = matrices.size(-2) > matrices.size(-1)
-    wide = matrices.mT if tall else matrices
-    x = _scale_by_power_of_two(wide.reshape(-1, *wide.shape[-2:]))
+    x = _scale_by_power_of_two(matrices.reshape(-1, *matrices.shape[-2:]))
     if backend == "auto":
         backend = "triton" if TRITON_INSTALLED and x.is_cuda and x.dtype == torch.bfloat16 else "torch"
     gram_of, polynomial = _symmetric_products(backend)
+    gram = gram_of(x.mT if tall else x)
     if variant == "turbo":
-        x, gram = _almost_orthogonal_rows(x, gram_of(x))
+        scale = _almost_orthogonal_scale(gram, x.size(-2 if tall else -1))
+        x, gram = (x * (scale.mT if tall else scale)).to(x.dtype), (gram * scale * scale.mT).to(x.dtype)
     else:
-        norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-        x = x / norm.clamp(min=torch.finfo(x.dtype).tiny)
-        gram = gram_of(x)
+        norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+        x = x / norm
+        gram = gram_of(x.mT if tall else x)
     for iteration, (a, b, c) in enumerate(POLYNOMIALS[variant]):
         if iteration > 0:
-            gram = gram_of(x)
-        x = torch.baddbmm(x, polynomial(gram, b, c), x, beta=a)
-    x = x.reshape(wide.shape)
-    return x.mT if tall else x
+            gram = gram_of(x.mT if tall else x)
+        factor = polynomial(gram, b, c)
+        # A tall matrix is multiplied from its right: transposed, it would have to be copied twice.
+        x = torch.baddbmm(x, x, factor, beta=a) if tall else torch.baddbmm(x, factor, x, beta=a)
+    return x.reshape(matrices.shape)
 
 
 def orthogonalize_svd(matrices: Tensor) -> Tensor:
@@ -102,13 +104,10 @@ def _scale_by_power_of_two(x: Tensor) -> Tensor:
     return x / (largest / (2 * mantissa)).to(x.dtype)
 
 
-def _almost_orthogonal_rows(x: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
-    """AOL preconditioning: rows scaled so that the spectral norm is at most 1.
-
-    x: [n, rows, cols] and its Gram matrices [n, rows, rows]. Returns both of the scaled matrices, in the dtype of x.
-    """
-    row_sums = gram.abs().sum(-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+def _almost_orthogonal_scale(gram: Tensor, summands: int) -> Tensor:
+    """AOL preconditioning: by what to scale the vectors whose Gram matrices are `gram` [n, m, m], each product in them
+    of `summands` numbers, so that their matrix has a spectral norm of at most 1. Returns [n, m, 1]."""
+    row_sums = gram.abs().sum(-1, keepdim=True, dtype=torch.promote_types(gram.dtype, torch.float32))
     # Below this sum underflow may have eaten products of the row, and its scale would be noise: it counts as zero.
-    smallest_sum = torch.finfo(x.dtype).tiny / torch.finfo(x.dtype).eps * x.size(-1)
-    scale = torch.where(row_sums > smallest_sum, row_sums.rsqrt(), 0.0)
-    return (x * scale).to(x.dtype), (gram * scale * scale.mT).to(x.dtype)
+    smallest_sum = torch.finfo(gram.dtype).tiny / torch.finfo(gram.dtype).eps * summands
+    return torch.where(row_sums > smallest_sum, row_sums.rsqrt(), 0.0)

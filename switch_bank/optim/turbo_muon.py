@@ -69,12 +69,9 @@ class TurboMuon(torch.optim.Optimizer):
                     continue
                 rows, cols = param.shape[-2:]
                 direction = self._momentum_direction(param, group["momentum"], group["nesterov"])
-                wide = direction.mT if rows > cols else direction
                 step_size = group["lr"] * math.sqrt(max(1, rows / cols))
-                matrices = wide.reshape(-1, *wide.shape[-2:]).to(self.dtype)
-                by_shape.setdefault((min(rows, cols), max(rows, cols)), []).append(
-                    _Direction(param, matrices, step_size)
-                )
+                matrices = direction.to(self.dtype).reshape(-1, rows, cols)
+                by_shape.setdefault((rows, cols), []).append(_Direction(param, matrices, step_size))
         for directions in by_shape.values():
             updates, exchange = self._orthogonalize_shared([direction.matrices for direction in directions])
             steps = [(direction.param, direction.step_size) for direction in directions]
@@ -88,8 +85,6 @@ class TurboMuon(torch.optim.Optimizer):
                 wait_for(exchange)
             counts = [param.shape[:-2].numel() for param, _ in steps]
             for (param, step_size), update in zip(steps, updates[: sum(counts)].split(counts), strict=True):
-                rows, cols = param.shape[-2:]
-                update = update.mT if rows > cols else update
                 param.add_(update.reshape(param.shape), alpha=-step_size)
         self.started.clear()
 
@@ -115,7 +110,7 @@ class TurboMuon(torch.optim.Optimizer):
         processes = dist.get_world_size(self.process_group) if dist.is_available() and dist.is_initialized() else 1
         count = sum(part.size(0) for part in matrices)
         padding = matrices[0].new_zeros(-count % processes, *matrices[0].shape[1:])
-        batch = torch.cat([*matrices, padding])
+        batch = torch.cat([*matrices, padding]) if len(matrices) > 1 or len(padding) else matrices[0]
         if processes == 1:
             return self.orthogonalize(batch, self.variant), None
         shares = list(batch.chunk(processes))  # views: what the others send is written into the batch
@@ -124,7 +119,7 @@ class TurboMuon(torch.optim.Optimizer):
 
 
 class _Direction(NamedTuple):
-    """A parameter, its matrices to orthogonalize [n, rows <= cols], and the factor of the resulting update."""
+    """A parameter, its matrices to orthogonalize [n, rows, cols], and the factor of the resulting update."""
 
     param: Tensor
     matrices: Tensor
@@ -132,7 +127,7 @@ class _Direction(NamedTuple):
 
 
 class _Started(NamedTuple):
-    """The parameters of one shape with the factors of their updates, and the updates [at least Σ n, rows <= cols], once
+    """The parameters of one shape with the factors of their updates, and the updates [at least Σ n, rows, cols], once
     the exchange is done."""
 
     steps: list[tuple[Tensor, float]]
