@@ -134,7 +134,7 @@ def test_a_run_is_audited_as_it_was_trained(
 ) -> None:
     assert audit.main([str(finished[0])]) == 0
     said = capsys.readouterr().out
-    assert "as trained, on cpu" in said and "float32 as trained: sdpa attention, not compiled, 4 slices of 512" in said
+    assert "as trained, on cpu" in said and "float32 as trained: sdpa attention, not compiled, 1 slices of 512" in said
     assert "\ncausal: yes\n" in said
 
 

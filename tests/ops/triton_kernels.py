@@ -51,6 +51,7 @@ def compile_for_hopper(kernel: Any, folder: Path, warps: int, stages: int, **val
     """A kernel as an H100 would run it. values: by parameter, a type such as "*bf16" or "i32", for which pointers and
     integers divide by 16, as those of the trainer's shapes do; or a value to compile in, as Triton does with a 1."""
     from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas
     from triton.compiler import ASTSource
 
     names = list(inspect.signature(kernel.fn).parameters)
@@ -66,7 +67,7 @@ def compile_for_hopper(kernel: Any, folder: Path, warps: int, stages: int, **val
     )
     ptx = folder / "kernel.ptx"
     ptx.write_text(compiled.asm["ptx"])
-    ptxas = triton.knobs.nvidia.ptxas.path
+    ptxas = get_ptxas(90).path
     command = [ptxas, "-v", "-arch=sm_90a", str(ptx), "-o", str(folder / "kernel.cubin")]
     said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     (stores,), (loads,), (registers,) = (
