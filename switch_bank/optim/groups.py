@@ -27,10 +27,14 @@ def in_backward_order(model: SwitchBankGPT) -> list[nn.Parameter]:
     """Every parameter of the model, once, in the order in which a backward finishes their gradients: what the layers
     share, or hold stacked, is finished with the first layer only."""
     groups = parameter_groups(model)
-    attention = groups["attention"]
+    attention, bank = groups["attention"], model.bank
+    # The CPU's kernel sums their gradients itself, and hands them over after all that its adapters get.
+    late = [bank.w1, bank.w2] if model.bank_backend == "avx512" and model.routers is not None else []
+    early = [p for p in reversed(groups["experts"]) if not any(p is other for other in late)]
     return [
-        *groups["head"], *attention[:0:-1], *reversed(groups["experts"]), *attention[:1], *reversed(groups["routers"]),
-        *groups["scalars"], *reversed(groups["adapters"]), *reversed(groups["embeddings"]),
+        *groups["head"], *attention[:0:-1], *early, *attention[:1],
+        *reversed(groups["routers"]), *groups["scalars"], *reversed(groups["adapters"]), *late,
+        *reversed(groups["embeddings"]),
     ]  # fmt: skip
 
 

@@ -48,11 +48,12 @@ def test_every_parameter_of_every_preset_is_in_exactly_one_group(preset: str, op
     assert all(parameter.shape[-1] == model.config.width for parameter in groups["attention"])
 
 
-@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@pytest.mark.parametrize("backend", ["auto", "grouped"])
+@pytest.mark.parametrize("options", [*VARIANTS, dict(always_on_expert=True)], ids=str)
 def test_a_backward_finishes_gradients_in_the_order_that_is_said(
-    config_of: ConfigOf, model_of: ModelOf, options: dict[str, Any]
+    config_of: ConfigOf, model_of: ModelOf, options: dict[str, Any], backend: str
 ) -> None:
-    config = config_of(**options, bank_backend="grouped")  # the CPU's kernel gives the experts' gradients later
+    config = config_of(**options, bank_backend=backend)
     model = model_of(config)
     assert_each_once([in_backward_order(model)], model)
     finished: list[nn.Parameter] = []
