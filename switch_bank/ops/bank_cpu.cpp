@@ -4,8 +4,9 @@
 // their place while they are in its cache. The products are oneDNN's, in one thread each, by way of at::native::cpublas.
 // Cores take blocks as they get free, but no sum depends on which core took what: the same bits for any thread count.
 //
-// T is the type of the activations, float or BFloat16; sums are float. A matrix that stands at the right of a product
-// of BFloat16 lies in pairs of rows, [k/2, n, 2] for [k, n], as the processor's dot products read it.
+// T is the type of the activations, float or BFloat16; sums are float. A matrix [k, n] that stands at the right of a
+// product lies in panels [k, PANEL], one behind the other: rows further apart would share a few lines of the cache
+// where n is a power of two. In BFloat16 a panel lies in pairs of rows, [k/2, PANEL, 2], as dot products read it.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -24,10 +25,9 @@ using at::BFloat16;
 using at::Tensor;
 namespace blas = at::native::cpublas;
 
-constexpr int64_t LARGEST_BLOCK = 128;  // rows: their activations and one expert's panels share a core's cache
-constexpr int64_t ALIGN = 16;           // rows of a block: few enough sizes that oneDNN has compiled them all soon
-constexpr int64_t PANEL = 256;          // columns of a product, so that the right matrix's panel stays in the cache
-constexpr int64_t TILE = 128;           // rows of a weight's gradient that one core sums up
+constexpr int64_t ALIGN = 16;  // rows of a block: few enough sizes that oneDNN has compiled them all soon
+constexpr int64_t PANEL = 64;  // columns of a product: as many as oneDNN's innermost loop takes
+constexpr int64_t TILE = 128;  // rows of a weight's gradient that one core sums up
 
 // ---- rows of numbers, 16 at a time ---------------------------------------------------------------------------------
 
@@ -65,19 +65,32 @@ void transpose(const T* from, int64_t from_stride, T* to, int64_t to_stride, int
           int(std::min(SIDE, rows - r)), int(std::min(SIDE, columns - c)));
 }
 
-// [k, n] as it stands at the right of a product.
-inline void as_right(const float* from, float* to, int64_t k, int64_t n) { std::copy(from, from + k * n, to); }
-inline void as_right(const BFloat16* from, BFloat16* to, int64_t k, int64_t n) {
-  at::vec::pack_vnni2(from, to, n, k, n);
+template <typename Body>
+inline void each_panel(int64_t columns, Body body) {
+  for (int64_t at = 0; at < columns; at += PANEL) body(at, std::min(PANEL, columns - at));
+}
+
+inline void put_panel(const float* from, int64_t stride, float* to, int64_t rows, int64_t columns) {
+  for (int64_t r = 0; r < rows; ++r) std::copy(from + r * stride, from + r * stride + columns, to + r * columns);
+}
+inline void put_panel(const BFloat16* from, int64_t stride, BFloat16* to, int64_t rows, int64_t columns) {
+  at::vec::pack_vnni2(from, to, stride, rows, columns);
+}
+
+// Rows first, first + 1, ... of a matrix [k, n], as it stands at the right of a product. from: [rows, n].
+template <typename T>
+void as_right(const T* from, T* to, int64_t first, int64_t rows, int64_t k, int64_t n) {
+  each_panel(n, [&](int64_t at, int64_t columns) {
+    put_panel(from + at, n, to + at * k + first * columns, rows, columns);
+  });
 }
 
 // c [m, n] = a [m, k]·b [k, n], or added to c.
 template <typename T>
 void multiply(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_stride, const T* b, float* c, bool add) {
-  constexpr bool pairs = sizeof(T) == 2;
-  for (int64_t at = 0; at < n; at += PANEL)
-    blas::brgemm(
-        m, std::min(PANEL, n - at), k, a_stride, n, n, add, a, b + at * (pairs ? 2 : 1), c + at, pairs);
+  each_panel(n, [&](int64_t at, int64_t columns) {
+    blas::brgemm(m, columns, k, a_stride, columns, n, add, a, b + at * k, c + at, sizeof(T) == 2);
+  });
 }
 
 // ---- work, shared by the cores -------------------------------------------------------------------------------------
@@ -130,6 +143,7 @@ struct Block {
 
 // A pick is a (token, k) pair, token·K + k.
 struct Plan {
+  int64_t largest;             // rows that a block may have
   std::vector<int64_t> picks;  // in order of their expert
   std::vector<Block> blocks;
   std::vector<int64_t> first_block;  // [E + 1] of each expert
@@ -148,13 +162,16 @@ Plan make_plan(const Tensor& chosen, int64_t experts) {
   }
   for (int64_t e = 0; e < experts; ++e) start[e + 1] += start[e];
   Plan plan;
+  // Many enough that the cores finish together, large enough that an expert's matrices, which may come from memory, are
+  // read but once or twice, and small enough that a block's activations stay in a core's cache.
+  plan.largest = std::clamp<int64_t>(count / 64 / ALIGN * ALIGN, 128, 192);
   plan.picks.resize(count);
   std::vector<int64_t> place(start.begin(), start.end() - 1);
   for (int64_t pick = 0; pick < count; ++pick) plan.picks[place[expert_of[pick]]++] = pick;
   int64_t offset = 0;
   for (int64_t e = 0; e < experts; ++e) {
     plan.first_block.push_back(int64_t(plan.blocks.size()));
-    const int64_t rows = start[e + 1] - start[e], blocks = (rows + LARGEST_BLOCK - 1) / LARGEST_BLOCK;
+    const int64_t rows = start[e + 1] - start[e], blocks = (rows + plan.largest - 1) / plan.largest;
     // As even as whole multiples of ALIGN can be: a last block of a few rows would cost nearly as much as a full one.
     const int64_t each = blocks == 0 ? 0 : ((rows + blocks - 1) / blocks + ALIGN - 1) / ALIGN * ALIGN;
     for (int64_t first = start[e]; first < start[e + 1]; first += each) {
@@ -244,8 +261,8 @@ void forward(
   PickSums<T> sums(y, layer.top_k);
   share(int64_t(plan.blocks.size()), [&] {
     Scratch& own = of_core.fresh();
-    T *rows = own.take<T>(LARGEST_BLOCK * width), *squares = own.take<T>(LARGEST_BLOCK * hidden);
-    float *inner = own.take<float>(LARGEST_BLOCK * hidden), *outer = own.take<float>(LARGEST_BLOCK * width);
+    T *rows = own.take<T>(plan.largest * width), *squares = own.take<T>(plan.largest * hidden);
+    float *inner = own.take<float>(plan.largest * hidden), *outer = own.take<float>(plan.largest * width);
     return [&, rows, squares, inner, outer](int64_t task) {
       const Block& block = plan.blocks[task];
       layer.gather(plan, block, rows);
@@ -291,9 +308,9 @@ void backward_of_rows(
   PickSums<T> sums(grad_x, layer.top_k);
   share(int64_t(plan.blocks.size()), [&] {
     Scratch& own = of_core.fresh();
-    T *rows = own.take<T>(LARGEST_BLOCK * width), *gated = own.take<T>(LARGEST_BLOCK * width);
-    T *squares = own.take<T>(LARGEST_BLOCK * hidden), *grad_hidden = own.take<T>(LARGEST_BLOCK * hidden);
-    float *inner = own.take<float>(LARGEST_BLOCK * hidden), *outer = own.take<float>(LARGEST_BLOCK * width);
+    T *rows = own.take<T>(plan.largest * width), *gated = own.take<T>(plan.largest * width);
+    T *squares = own.take<T>(plan.largest * hidden), *grad_hidden = own.take<T>(plan.largest * hidden);
+    float *inner = own.take<float>(plan.largest * hidden), *outer = own.take<float>(plan.largest * width);
     return [&, rows, gated, squares, grad_hidden, inner, outer](int64_t task) {
       const Block& block = plan.blocks[task];
       for (int64_t r = 0; r < block.rows; ++r) {
@@ -321,11 +338,11 @@ void backward_of_rows(
         });
       }
       transpose(grad_hidden, hidden, operands.hidden_left + block.offset * hidden, block.padded, block.padded, hidden);
-      as_right(squares, operands.squares_right + block.offset * hidden, block.padded, hidden);
+      as_right(squares, operands.squares_right + block.offset * hidden, 0, block.padded, block.padded, hidden);
       transpose(gated, width, operands.y_left + block.offset * width, block.padded, block.padded, width);
       multiply(block.padded, width, hidden, grad_hidden, hidden, w1 + block.expert * width * hidden, outer, false);
       layer.gather(plan, block, rows);
-      as_right(rows, operands.rows_right + block.offset * width, block.padded, width);
+      as_right(rows, operands.rows_right + block.offset * width, 0, block.padded, block.padded, width);
 
       float *grad_scale = adapter_parts + 2 * task * width, *grad_bias = grad_scale + width;
       if (layer.scale != nullptr) std::fill(grad_scale, grad_scale + 2 * width, 0.0f);
@@ -391,30 +408,30 @@ void with_type(at::ScalarType type, Body body) {
   body(BFloat16());
 }
 
-// w [E, R, C] float32 as it stands at the right of x·wᵀ, [E, C, R], and of x·w, [E, R, C]; both of `type`. The second
-// one is left empty for float, where it is w itself.
+// w [E, R, C] float32 as it stands at the right of x·wᵀ, [E, C, R], and of x·w, [E, R, C]; both of `type`.
 std::tuple<Tensor, Tensor> arrange(const Tensor& weights, at::ScalarType type) {
   const Tensor w = weights.contiguous();
   const int64_t experts = w.size(0), rows = w.size(1), columns = w.size(2);
   Tensor transposed = at::empty({experts, columns, rows}, w.options().dtype(type));
-  Tensor straight = at::empty({type == at::kFloat ? 0 : experts, rows, columns}, w.options().dtype(type));
+  Tensor straight = at::empty({experts, rows, columns}, w.options().dtype(type));
   const float* from = w.const_data_ptr<float>();
-  constexpr int64_t STRIP = 32;
-  const int64_t strips = (rows + STRIP - 1) / STRIP;
+  const int64_t strips = (rows + PANEL - 1) / PANEL;
   share(experts * strips, [&] {
-    BFloat16* rounded = of_core.fresh().take<BFloat16>(STRIP * columns);
+    BFloat16* rounded = of_core.fresh().take<BFloat16>(PANEL * columns);
     return [&, rounded](int64_t task) {
-      const int64_t expert = task / strips, begin = task % strips * STRIP, count = std::min(STRIP, rows - begin);
-      const float* strip = from + (expert * rows + begin) * columns;
+      const int64_t expert = task / strips, begin = task % strips * PANEL, count = std::min(PANEL, rows - begin);
+      const int64_t of_expert = expert * rows * columns;
+      const float* strip = from + of_expert + begin * columns;
       if (type == at::kFloat) {
-        transpose(strip, columns, transposed.data_ptr<float>() + expert * rows * columns + begin, rows, count, columns);
+        transpose(strip, columns, transposed.data_ptr<float>() + of_expert + begin * columns, count, count, columns);
+        as_right(strip, straight.data_ptr<float>() + of_expert, begin, count, rows, columns);
         return;
       }
       each16(count * columns, [&](int64_t i, __mmask16 lanes) { store(rounded + i, lanes, load(strip + i, lanes)); });
-      as_right(rounded, straight.data_ptr<BFloat16>() + (expert * rows + begin) * columns, count, columns);
+      as_right(rounded, straight.data_ptr<BFloat16>() + of_expert, begin, count, rows, columns);
       // Pairs of columns become pairs of rows: a transposition of 32-bit words.
-      float* words = reinterpret_cast<float*>(transposed.data_ptr<BFloat16>() + expert * rows * columns);
-      transpose(reinterpret_cast<float*>(rounded), columns / 2, words + begin, rows, count, columns / 2);
+      float* words = reinterpret_cast<float*>(transposed.data_ptr<BFloat16>() + of_expert + begin * columns);
+      transpose(reinterpret_cast<float*>(rounded), columns / 2, words, count, count, columns / 2);
     };
   });
   return {transposed, straight};

@@ -43,7 +43,7 @@ class GradientSums:
 class Arranged(NamedTuple):
     """Expert matrices in the activations' dtype, as the products read them: once for all layers that share them."""
 
-    w1: Tensor  # [E, D, F], in pairs of rows where it is bfloat16; so are all four
+    w1: Tensor  # [E, D, F], each expert's numbers in the order that bank_cpu.cpp tells; so are all four
     w1_backward: Tensor  # [E, F, D]
     w2: Tensor  # [E, F, D]
     w2_backward: Tensor  # [E, D, F]
@@ -57,8 +57,6 @@ def arrange(w1: Tensor, w2: Tensor, dtype: torch.dtype) -> Arranged:
     sums = GradientSums(w1.detach(), w2.detach())
     w1_forward, w1_backward = torch.ops.switch_bank.bank_arrange(w1.detach(), dtype)
     w2_forward, w2_backward = torch.ops.switch_bank.bank_arrange(w2.detach(), dtype)
-    if dtype == torch.float32:  # not rearranged for the backward
-        w1_backward, w2_backward = w1.detach().contiguous(), w2.detach().contiguous()
     return Arranged(w1_forward, w1_backward, w2_forward, w2_backward, _Collect.apply(w1, w2, sums), sums)
 
 
@@ -137,11 +135,7 @@ def _register_shapes() -> None:
     @torch.library.register_fake("switch_bank::bank_arrange")
     def _(weights, dtype):  # type: ignore[no-untyped-def]
         experts, rows, columns = weights.shape
-        second = 0 if dtype == torch.float32 else experts
-        return (
-            weights.new_empty(experts, columns, rows, dtype=dtype),
-            weights.new_empty(second, rows, columns, dtype=dtype),
-        )
+        return tuple(weights.new_empty(experts, *shape, dtype=dtype) for shape in ((columns, rows), (rows, columns)))
 
     @torch.library.register_fake("switch_bank::bank_forward")
     def _(x, experts, gates, scale, bias, w1, w2, keep):  # type: ignore[no-untyped-def]
