@@ -1,6 +1,11 @@
 """How torch computes: the trainer, the audit and the benchmarks set it alike, each once."""
 
+import ctypes
+
 import torch
+
+# Of glibc's malloc.h.
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
 
 def set_numerics(device: torch.device) -> None:
@@ -8,4 +13,15 @@ def set_numerics(device: torch.device) -> None:
     if device.type == "cpu":
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        keep_freed_memory()
     torch.set_float32_matmul_precision("high")
+
+
+def keep_freed_memory() -> None:
+    """glibc gives large tensors back to the system, which clears their pages before it hands them out again; from here
+    on this process keeps them for its next tensors. Does nothing with another libc."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_TOP_PAD, 2**26)
