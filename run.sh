@@ -21,7 +21,7 @@ if [ "${1:-}" = test ]; then
   marks=(-m "not slow")
   if [ "${1:-}" = --slow ]; then marks=(); shift; fi
   # A process of one thread on each core. Most tests wait for other programs: they gain more than products lose.
-  OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest -n auto --maxprocesses 8 "${marks[@]}" "$@"
+  OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal "${marks[@]}" "$@"
 fi
 
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)

@@ -50,6 +50,7 @@ def test_a_killed_run_goes_on_bit_identical_to_an_undisturbed_one(finished, shar
     assert_bit_identical(out, finished)
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_also_while_a_checkpoint_is_written(finished, shards, tmp_path):
     """With a checkpoint at every step, a kill at a random moment mostly finds one half written."""
     options, out = [*tiny(shards), *FIFTY, "--run.checkpoint-every", "1"], tmp_path / "resumed"
@@ -144,6 +145,7 @@ def test_a_process_that_dies_is_started_again_and_the_run_ends_as_if_nothing_had
     assert_bit_identical(out, finished)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_before_the_first_checkpoint_makes_the_run_begin_anew(finished, shards, tmp_path):
     options, out = [*tiny(shards), *FIFTY], tmp_path / "restarted"
     with running(options, out, until="step:5/", processes=2, restarts=1) as run:
