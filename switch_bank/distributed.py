@@ -94,7 +94,7 @@ class Gradients:
     the gradients of all its parameters are there and those before it have begun, so that all processes begin them in
     one order. `parameters` should therefore come in the order in which a backward finishes them.
 
-    On a CPU the sums are float64 and are rounded to float32 once. A sum of a few float32 numbers is exact in float64
+    On a CPU, sums of more than two are float64 and are rounded to float32 once. A sum of a few float32 numbers is exact in float64
     (or so near that another order rounds otherwise once in some 10^8), so the number of processes does not show. On a
     GPU they are float32.
     """
@@ -103,7 +103,8 @@ class Gradients:
         parameters = list(parameters)
         self.flat = flat_gradients(parameters)
         self.backwards = backwards
-        exact = self.flat.device.type == "cpu" and (backwards > 1 or dist.get_world_size() > 1)
+        # The float32 sum of two numbers is their float64 sum, rounded once.
+        exact = self.flat.device.type == "cpu" and backwards * dist.get_world_size() > 2
         self.sums = torch.zeros_like(self.flat, dtype=torch.float64) if exact else self.flat
         sizes, self.parameters_in = [0], [0]  # of each bucket
         for parameter in parameters:
