@@ -94,9 +94,9 @@ class Gradients:
     the gradients of all its parameters are there and those before it have begun, so that all processes begin them in
     one order. `parameters` should therefore come in the order in which a backward finishes them.
 
-    On a CPU, sums of more than two are float64 and are rounded to float32 once. A sum of a few float32 numbers is exact in float64
-    (or so near that another order rounds otherwise once in some 10^8), so the number of processes does not show. On a
-    GPU they are float32.
+    On a CPU, sums of more than two are float64 and are rounded to float32 once. A sum of a few float32 numbers is exact
+    in float64 (or so near that another order rounds otherwise once in some 10^8), so the number of processes does not
+    show. On a GPU they are float32.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], backwards: int) -> None:
@@ -104,8 +104,8 @@ class Gradients:
         self.flat = flat_gradients(parameters)
         self.backwards = backwards
         # The float32 sum of two numbers is their float64 sum, rounded once.
-        exact = self.flat.device.type == "cpu" and backwards * dist.get_world_size() > 2
-        self.sums = torch.zeros_like(self.flat, dtype=torch.float64) if exact else self.flat
+        self.exact = self.flat.device.type == "cpu" and backwards * dist.get_world_size() > 2
+        self.sums = torch.zeros_like(self.flat, dtype=torch.float64) if self.exact else self.flat
         sizes, self.parameters_in = [0], [0]  # of each bucket
         for parameter in parameters:
             if sizes[-1] >= BUCKET:
@@ -119,7 +119,7 @@ class Gradients:
 
     def zero_(self) -> None:
         self.flat.zero_()
-        if self.sums is not self.flat:
+        if self.exact:
             self.sums.zero_()
         self.backwards_left = self.backwards
         self.missing = self.parameters_in.copy()  # gradients that are not there yet in the last backward, by bucket
@@ -129,7 +129,7 @@ class Gradients:
         """Adds the gradients of a 0-dim loss; in the last backward of a step, begins to add up over the processes."""
         self.backwards_left -= 1
         loss.backward()
-        if self.backwards_left > 0 and self.sums is not self.flat:
+        if self.backwards_left > 0 and self.exact:
             self.sums.add_(self.flat)
             self.flat.zero_()
 
@@ -142,7 +142,7 @@ class Gradients:
 
     def _begin_next(self) -> None:
         flat, sums = self.buckets[len(self.begun)]
-        if sums is not flat:
+        if self.exact:
             sums.add_(flat)
         self.begun.append(dist.all_reduce(sums, async_op=True))
 
@@ -152,7 +152,7 @@ class Gradients:
             self._begin_next()
         for work, (flat, sums) in zip(self.begun, self.buckets, strict=True):
             wait_for(work)
-            if sums is not flat:
+            if self.exact:
                 flat.copy_(sums)
 
 

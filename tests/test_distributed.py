@@ -201,6 +201,18 @@ def gradients_of_many(world: World) -> torch.Tensor:
     return gradients.flat
 
 
+@pytest.mark.parametrize("backwards", [1, 2, 3])
+def test_the_gradients_are_the_sum_of_those_of_the_backwards(world: World, backwards: int) -> None:
+    parameter = nn.Parameter(torch.ones(5))
+    gradients = distributed.Gradients([parameter], backwards)
+    for step in (1, 2):
+        gradients.zero_()
+        for _ in range(backwards):
+            gradients.backward(step * parameter.sum())
+        gradients.wait()
+        assert parameter.grad is not None and parameter.grad.tolist() == [step * backwards] * 5
+
+
 def test_a_sum_has_the_same_bits_on_any_number_of_processes(world: World, on_processes: Callable[..., Any]) -> None:
     one = gradients_of_many(world)
     for processes in (2, 4, 8):
