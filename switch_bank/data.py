@@ -59,9 +59,11 @@ def _opened(path: str | Path) -> Iterator[BufferedReader]:
     """The file at `path`, to be read; an error of the system while it is open becomes a DataError."""
     try:
         if not os.path.isfile(path):  # a pipe would be waited for
-            raise DataError(f"{path} is no file; leave it out of the pattern, or fetch or make the file again")
-        with open(path, "rb") as file:
+            raise FileNotFoundError
+        with open(path, "rb") as file:  # may be gone by now
             yield file
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is no file; leave it out of the pattern, or fetch or make the file again") from error
     except OSError as error:
         raise DataError(
             f"{path} cannot be read: {error.strerror}; mend that, or leave it out of the pattern"

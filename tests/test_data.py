@@ -252,16 +252,15 @@ def replace_by_a_file_that_gives_errors(path: Path) -> None:
     os.replace(link, path)  # at once: the thread that reads ahead must find one or the other
 
 
-GONE = "is no file|No such file"  # the latter where the thread that reads ahead was just about to open it
 DAMAGES: dict[Callable[[Path], None], str] = {
-    Path.unlink: GONE,
+    Path.unlink: "is no file",
     cut_short: "has changed since the run read it first: put the old file back and go on with --run.resume",
     cut_to_nothing: "has changed since",
     grow: "has changed since",
     change_a_token: "has changed since",
     replace_by_another_shard: "has changed since",
-    replace_by_a_folder: GONE,
-    replace_by_a_pipe: GONE,
+    replace_by_a_folder: "is no file",
+    replace_by_a_pipe: "is no file",
     replace_by_a_file_that_gives_errors: "has changed since",
 }
 

@@ -213,7 +213,8 @@ def test_the_configuration_is_written_as_it_is(tmp_path: Path) -> None:
         config = config.with_steps(123)
         run_log.write_config(tmp_path, config)
         assert from_dict(json.loads((tmp_path / "config.json").read_text())) == config
-    assert math.isclose(json.loads((tmp_path / "config.json").read_text())["optim"]["embedding_lr"], 0.3)
+    run_log.write_config(tmp_path, presets["record"])
+    assert math.isclose(json.loads((tmp_path / "config.json").read_text())["optim"]["head_lr"], 1 / 320)
 
 
 # --- The folder of a run
