@@ -70,16 +70,22 @@ def _opened(path: str | Path) -> Iterator[BufferedReader]:
         ) from error
 
 
-def _read_tokens(file: BufferedReader, out: np.ndarray) -> None:
-    """Fills `out` (uint16) with the file's next tokens."""
-    if file.readinto(out.data) < out.nbytes:
-        raise DataError(f"{file.name} was cut short while it was read; fetch or make the file again")
-
-
 def _state(file: BufferedReader) -> tuple[int, int]:
     """Size in bytes and time of the last change in nanoseconds: a change of the file shows here."""
     status = os.fstat(file.fileno())
     return status.st_size, status.st_mtime_ns
+
+
+def _read_tokens(file: BufferedReader, out: np.ndarray, state: tuple[int, int]) -> None:
+    """Fills `out` (uint16) with the next tokens of a file whose `_state` was `state` when the run met it."""
+    size = file.readinto(out.data)
+    if _state(file) != state:  # looked at after the read: a change during it counts too
+        raise DataError(
+            f"{file.name} has changed since the run read it first: put the old file back and go on with --run.resume, "
+            "or start a new run"
+        )
+    if size < out.nbytes:
+        raise DataError(f"{file.name} was cut short while it was read; fetch or make the file again")
 
 
 def read_header(path: str | Path) -> int:
@@ -117,7 +123,7 @@ def _scan(path: str, count: int, vocab_size: int) -> tuple[str, tuple[int, int]]
         digest.update(file.read(HEADER.itemsize))
         for position in range(0, count, SCAN_TOKENS):
             tokens = buffer[: count - position]
-            _read_tokens(file, tokens)
+            _read_tokens(file, tokens, state)
             digest.update(tokens.data)
             if tokens.max() >= vocab_size:
                 offset = int(np.argmax(tokens >= vocab_size))
@@ -183,13 +189,8 @@ class Shards:
         while filled < count:
             part = out[filled : filled + self.lengths[index] - offset]
             with _opened(self.paths[index]) as file:
-                if _state(file) != self.states[index]:
-                    raise DataError(
-                        f"{self.paths[index]} has changed since the run read it first: put the old file back and go on "
-                        "with --run.resume, or start a new run"
-                    )
                 file.seek(HEADER.itemsize + offset * TOKEN.itemsize)
-                _read_tokens(file, part)
+                _read_tokens(file, part, self.states[index])
             filled += len(part)
             index, offset = (index + 1) % len(self.paths), 0
         return out
