@@ -1,6 +1,7 @@
 """How torch computes: the trainer, the audit and the benchmarks set it alike, each once."""
 
 import ctypes
+import os
 
 import torch
 
@@ -9,8 +10,10 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
 
 def set_numerics(device: torch.device) -> None:
-    """On a CPU the same seed and number of processes give the same bits; a GPU multiplies float32 on tensor cores."""
+    """On a CPU the same seed gives the same bits, and products of float32 by MKL do so on any number of threads; a GPU
+    multiplies float32 on tensor cores. To be called before the process's first product."""
     if device.type == "cpu":
+        os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # read by MKL at its first call
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         keep_freed_memory()

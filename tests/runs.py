@@ -12,6 +12,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 EOD = 256
+CPUS = Path("/proc/cpuinfo")
+ON_INTEL = CPUS.exists() and "GenuineIntel" in CPUS.read_text()  # MKL is for its maker's processors
 
 
 def byte_documents(files: list[Path], eod: int) -> np.ndarray:
@@ -43,14 +45,14 @@ def command(arguments: list[str], out: Path, processes: int = 0, restarts: int =
     return [*start, str(ROOT / "train_switch_bank.py"), *arguments, "--run.out", str(out)]
 
 
-def environment(out: Path) -> dict[str, str]:
-    return {"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(out.parent)}
+def environment(out: Path, threads: int = 1) -> dict[str, str]:
+    return {"OMP_NUM_THREADS": str(threads), "PATH": "/usr/bin:/bin", "HOME": str(out.parent)}
 
 
-def train(arguments: list[str], out: Path, processes: int = 0) -> subprocess.CompletedProcess[str]:
-    """A finished run."""
+def train(arguments: list[str], out: Path, processes: int = 0, threads: int = 1) -> subprocess.CompletedProcess[str]:
+    """A finished run, on so many threads a process."""
     run = command(arguments, out, processes)
-    return subprocess.run(run, capture_output=True, text=True, env=environment(out), timeout=3600)
+    return subprocess.run(run, capture_output=True, text=True, env=environment(out, threads), timeout=3600)
 
 
 def records(out: Path, kind: str) -> list[dict[str, Any]]:

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from tests.runs import ON_INTEL
+
 FAULTS = """
 import resource, torch
 from switch_bank.numerics import set_numerics
@@ -24,3 +26,23 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_the_memory_of_a_tensor_is_kept_for_the_next_one() -> None:
     faults = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True).stdout
     assert int(faults) < 10, "64 MB given back would be 16,384 pages, or 32 large ones"
+
+
+PRODUCTS = """
+import torch
+from switch_bank.numerics import set_numerics
+
+set_numerics(torch.device("cpu"))
+g, x = torch.randn(2048, 384), torch.randn(2048, 128)
+one, two = [], []
+for threads, products in ((1, one), (2, two)):
+    torch.set_num_threads(threads)
+    products += [g.mT @ x, g @ torch.ones(384, 128), x.mT @ x[:, :16]]
+print([torch.equal(a, b) for a, b in zip(one, two)])
+"""
+
+
+@pytest.mark.skipif(not ON_INTEL, reason="MKL promises it on Intel's processors alone")
+def test_the_bits_of_a_product_do_not_depend_on_the_number_of_threads() -> None:
+    same = subprocess.run([sys.executable, "-c", PRODUCTS], capture_output=True, text=True, check=True).stdout
+    assert same == "[True, True, True]\n"

@@ -104,7 +104,9 @@ class Routers(nn.Module):
         """n: [B, T, D], the bank's input; context: [B, T, E] of `context_logits`; noise: [B, T, E] or None."""
         config = self.config
         n = n if n.dtype == torch.float64 else n.float()
-        logits = F.linear(n, router.weight[:, : config.width].to(n.dtype), router.bias.to(n.dtype))
+        logits = F.linear(n, router.weight[:, : config.width].to(n.dtype))
+        # The bias as a product too: how a plain sum of its gradients is cut up depends on the number of threads.
+        logits = logits + F.linear(torch.ones_like(n[..., :1]), router.bias[:, None].to(n.dtype))
         if context is not None:
             logits = logits + context
         noisy = logits if noise is None else logits + noise

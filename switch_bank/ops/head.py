@@ -51,7 +51,8 @@ class _ChunkedLosses(torch.autograd.Function):
         ctx.mark_non_differentiable(all_losses)
         if wants_gradient:
             ctx.save_for_backward(torch.cat(x_gradients), head_gradient)
-        return all_losses.sum(), all_losses
+        # In float64, so that the sum does not depend on its order, which threads change.
+        return all_losses.sum(dtype=torch.float64).to(all_losses.dtype), all_losses
 
     @staticmethod
     def backward(ctx, grad, _):  # type: ignore[no-untyped-def]
