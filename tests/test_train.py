@@ -200,7 +200,7 @@ def test_the_record_configuration_takes_real_steps_on_a_cpu(tmp_path):
         "--run.val-at-seconds", "100000",
     ]  # fmt: skip
     out = tmp_path / "record"
-    result = train(options, out)
+    result = train(options, out, threads=os.cpu_count() or 1)
     assert result.returncode == 0, result.stderr
     saved = load(out / "checkpoint.pt")
     config = from_dict(saved["config"])

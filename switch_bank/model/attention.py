@@ -39,11 +39,10 @@ def self_attention(
 ) -> Tensor:  # fmt: skip
     """n: [B, T, D]; value_embedding: [B, T, D] or None; mix: [2], the weights of v and of the value embedding. With a
     ring, T is 1, and the token attends to what the ring holds and to itself."""
-    shape = (*n.shape[:2], heads, n.shape[2] // heads)
+    shape = (*n.shape[:2], -1, n.shape[2] // heads)
     weight = qkvo.to(n.dtype)
-    query, key, value = F.linear(n, weight[:3].flatten(0, 1)).chunk(3, dim=-1)
-    query = rotate(rms_norm(query.view(shape)), rotary)
-    key = rotate(rms_norm(key.view(shape)), rotary)
+    query_key, value = F.linear(n, weight[:3].flatten(0, 1)).tensor_split((2 * n.shape[2],), dim=-1)
+    query, key = rotate(rms_norm(query_key.view(shape)), rotary).chunk(2, dim=2)
     value = mix[0] * value
     if value_embedding is not None:
         value = value + mix[1] * value_embedding
