@@ -201,7 +201,7 @@ def main(config: Config, world: World) -> None:
         assert run.seconds is not None
         times = []
         # Twice over steps from all of the schedule, timed the second time: libraries build kernels for new shapes.
-        for at in 2 * torch.linspace(0, config.schedule.steps - 1, 20).long().tolist():
+        for at in 2 * torch.linspace(0, config.schedule.steps - 1, 16).long().tolist():
             timer = TrainingClock(device)
             timer.start()
             train_step(at, schedules.gumbel_noise(at, config.schedule), check_finite=device.type == "cpu")
