@@ -24,6 +24,9 @@ from switch_bank.distributed import World, start
 from switch_bank.model.gpt import SwitchBankGPT
 from tests.runs import EOD, byte_documents, tiny, train
 
+# As `set_numerics` has it, before the first product: the processes that tests start inherit it and must sum alike.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
 settings.register_profile("default", deadline=None, max_examples=50)
 settings.register_profile("ci", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
