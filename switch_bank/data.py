@@ -76,14 +76,19 @@ def _state(file: BufferedReader) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _read_tokens(file: BufferedReader, out: np.ndarray, state: tuple[int, int]) -> None:
-    """Fills `out` (uint16) with the next tokens of a file whose `_state` was `state` when the run met it."""
-    size = file.readinto(out.data)
-    if _state(file) != state:  # looked at after the read: a change during it counts too
+def _require_unchanged(file: BufferedReader, state: tuple[int, int]) -> None:
+    """Raises DataError unless the file's `_state` is what it was when the run met it."""
+    if _state(file) != state:
         raise DataError(
             f"{file.name} has changed since the run read it first: put the old file back and go on with --run.resume, "
             "or start a new run"
         )
+
+
+def _read_tokens(file: BufferedReader, out: np.ndarray, state: tuple[int, int]) -> None:
+    """Fills `out` (uint16) with the next tokens of a file whose `_state` was `state` when the run met it."""
+    size = file.readinto(out.data)
+    _require_unchanged(file, state)  # after the read: a change during it counts too
     if size < out.nbytes:
         raise DataError(f"{file.name} was cut short while it was read; fetch or make the file again")
 
@@ -189,6 +194,7 @@ class Shards:
         while filled < count:
             part = out[filled : filled + self.lengths[index] - offset]
             with _opened(self.paths[index]) as file:
+                _require_unchanged(file, self.states[index])  # before what may fail in another file's place
                 file.seek(HEADER.itemsize + offset * TOKEN.itemsize)
                 _read_tokens(file, part, self.states[index])
             filled += len(part)

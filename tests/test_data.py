@@ -261,7 +261,7 @@ DAMAGES: dict[Callable[[Path], None], str] = {
     replace_by_another_shard: "has changed since",
     replace_by_a_folder: "is no file",
     replace_by_a_pipe: "is no file",
-    replace_by_a_file_that_gives_errors: "cannot be read: Input/output error",
+    replace_by_a_file_that_gives_errors: "has changed since",
 }
 
 
