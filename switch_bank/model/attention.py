@@ -1,6 +1,7 @@
 """Softmax attention of a block: per-head RMS norm, half-truncated rotary, value embeddings, documents and window."""
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,18 +12,21 @@ from switch_bank.ops.attention import attention
 SCALE = 0.12  # of the scores; q and k are normed, so it does not depend on the head's width
 
 
-class Ring(NamedTuple):
+@dataclass
+class Ring:
     """The keys and values of a layer's last tokens, as many as its window spans; token i stands at i mod window."""
 
     keys: Tensor  # [B, window, H, d]
     values: Tensor  # [B, window, H, d]
-    token_index: Tensor  # 0-dim int64: of the token being read, in its stream; one tensor for all layers
+    tokens_read: int = 0
 
-    def put(self, key: Tensor, value: Tensor) -> None:
-        """Writes the key and value of the token being read, [B, 1, H, d] each, over those that leave the window."""
-        place = (self.token_index % self.keys.shape[1])[None]
-        self.keys.index_copy_(1, place, key)
-        self.values.index_copy_(1, place, value)
+    def read(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Puts the next token's key and value, [B, 1, H, d] each, in the place of those that leave the window. Returns
+        all that are in it, [B, min(tokens read, window), H, d] each."""
+        place = self.tokens_read % self.keys.shape[1]
+        self.keys[:, place], self.values[:, place] = key[:, 0], value[:, 0]
+        self.tokens_read += 1
+        return self.keys[:, : self.tokens_read], self.values[:, : self.tokens_read]
 
 
 def attention_matrices(width: int) -> nn.Parameter:
@@ -38,7 +42,7 @@ def self_attention(
     backend: str, mask: Any, ring: Ring | None = None,
 ) -> Tensor:  # fmt: skip
     """n: [B, T, D]; value_embedding: [B, T, D] or None; mix: [2], the weights of v and of the value embedding. With a
-    ring, T is 1, and the token attends to what the ring holds and to itself."""
+    ring, T is 1, and the token attends to itself and to what the ring holds."""
     shape = (*n.shape[:2], -1, n.shape[2] // heads)
     weight = qkvo.to(n.dtype)
     query_key, value = F.linear(n, weight[:3].flatten(0, 1)).tensor_split((2 * n.shape[2],), dim=-1)
@@ -48,8 +52,7 @@ def self_attention(
         value = value + mix[1] * value_embedding
     value = value.view(shape)
     if ring is not None:
-        ring.put(key, value)
-        key, value = ring.keys, ring.values
+        key, value = ring.read(key, value)
         backend = "reference" if backend == "reference" else "sdpa"  # the others take no ring
     y = attention(backend, query, key, value, mask, SCALE)
     return F.linear(y.flatten(2), weight[3])

@@ -7,6 +7,7 @@ from switch_bank.config import compute_dtype
 from switch_bank.model.attention import Ring
 from switch_bank.model.features import Documents, EmaSums
 from switch_bank.model.gpt import Past, SwitchBankGPT
+from switch_bank.ops.bank import MANY
 from switch_bank.schedules import StepState
 
 
@@ -14,8 +15,9 @@ class Decoder:
     """Reads independent streams of tokens in step, one token of each at a time.
 
     The logits are those of the full forward over each stream as one slice: an end-of-document token starts a document
-    that sees nothing before it, and so does a stream's first token. A token costs the same wherever it stands, and
-    nothing waits for the device. Only the leaky reverse EMA has no such decoder: it is given the tokens read so far.
+    that sees nothing before it, and so does a stream's first token. A token costs the same wherever it stands, once the
+    windows are full, and nothing waits for the device. Only the leaky reverse EMA has no such decoder: it is given the
+    tokens read so far. The model's weights are read when the decoder is made, and may not change after that.
     """
 
     def __init__(self, model: SwitchBankGPT, state: StepState, streams: int = 1) -> None:
@@ -31,23 +33,26 @@ class Decoder:
         return self.model.logits(hidden[:, 0])
 
 
+@torch.no_grad()
 def nothing_read(model: SwitchBankGPT, window: int, streams: int) -> Past:
     """The state before the first token. window: tokens that a long attention window spans."""
     config, device = model.config, model.head.device
     dtype = compute_dtype(config.dtype, device)
-    windows, token_index = (window, window // 2), torch.tensor(-1, device=device)
+    windows = window, window // 2
 
     def ring(layer: int) -> Ring:
         keys = torch.zeros(
             streams, windows[0 if layer % 4 == 3 else 1], config.heads, config.head_dim, dtype=dtype, device=device
         )
-        return Ring(keys, torch.zeros_like(keys), token_index)
+        return Ring(keys, torch.zeros_like(keys))
 
     none = torch.zeros(streams, 1, dtype=torch.int64, device=device)
     sums = torch.zeros(streams, 1, config.width, dtype=torch.promote_types(dtype, torch.float32), device=device)
     return Past(
+        # MANY: a kernel that wants the experts' matrices arranged pays for few tokens too, once they are.
+        weights=model.of_layers(dtype, MANY),
         windows=windows,
-        token_index=token_index,
+        tokens_read=0,
         documents=Documents(document=none, position=none - 1, is_eod=none.bool(), flags=None),
         rings={layer: ring(layer) for layer in range(config.layers) if layer not in config.skip_attention},
         sums=[EmaSums(sums.clone(), sums.clone()) for _ in range(0, config.layers, config.ema_stride)],

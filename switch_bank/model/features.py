@@ -26,17 +26,24 @@ class EmaSums(NamedTuple):
     reverse: Tensor
 
 
-def documents_of(tokens: Tensor, config: ModelConfig, before: Documents | None = None) -> Documents:
-    """tokens: [B, T] int64; documents begin at `eod_token`. `before` ends with the token before them: the slice goes
-    on with its document; its position is -1 where there is no such token."""
+def documents_of(tokens: Tensor, config: ModelConfig) -> Documents:
+    """tokens: [B, T] int64; documents begin at `eod_token`."""
     index = torch.arange(tokens.shape[1], device=tokens.device)
     is_eod = tokens == config.eod_token
     document = is_eod.long().cumsum(dim=1)
-    start = torch.zeros_like(tokens[:, :1]) if before is None else -(before.position[:, -1:] + 1)
-    position = index - torch.where(is_eod, index, start).cummax(dim=1).values
-    last_is_eod = torch.zeros_like(is_eod[:, :1]) if before is None else before.is_eod[:, -1:]
-    after_eod = torch.cat([last_is_eod, is_eod[:, :-1]], dim=1)
+    position = index - torch.where(is_eod, index, 0).cummax(dim=1).values
+    after_eod = torch.cat([torch.zeros_like(is_eod[:, :1]), is_eod[:, :-1]], dim=1)
     return Documents(document, position, is_eod, _flags(is_eod, after_eod, position, config) if config.flags else None)
+
+
+def next_documents(token: Tensor, config: ModelConfig, before: Documents) -> Documents:
+    """`documents_of` for one token more of each slice, token [B, 1] int64, after those of `before` [B, 1], whose
+    position is -1 where the slice begins."""
+    is_eod = token == config.eod_token
+    document = before.document + is_eod
+    position = torch.where(is_eod, 0, before.position + 1)
+    flags = _flags(is_eod, before.is_eod, position, config) if config.flags else None
+    return Documents(document, position, is_eod, flags)
 
 
 def _flags(is_eod: Tensor, after_eod: Tensor, position: Tensor, config: ModelConfig) -> Tensor:

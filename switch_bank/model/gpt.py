@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from switch_bank.config import Config, ModelConfig, compute_dtype
 from switch_bank.model.attention import Ring, attention_matrices, rms_norm, rotary_tables, self_attention
 from switch_bank.model.bank import Bank, Experts
-from switch_bank.model.features import Documents, EmaSums, documents_of, ema_features
+from switch_bank.model.features import Documents, EmaSums, documents_of, ema_features, next_documents
 from switch_bank.model.folder import ModelFolderError, read_folder
 from switch_bank.model.router import RouterOfLayer, Routers, Routing, RoutingSums
 from switch_bank.ops.attention import BLOCK, build_mask, choose_backend, ring_mask
@@ -42,12 +43,21 @@ class Start(NamedTuple):
     active: Tensor  # [E] bool: the experts that may be chosen
 
 
+class LayerWeights(NamedTuple):
+    """What layers do not share, or see of what they share, as lists over the layers."""
+
+    experts: list[Experts]
+    scalars: tuple[Tensor, ...]  # [5] each
+    routers: list[RouterOfLayer] | None
+
+
 @dataclass
 class Past:
     """What a forward of one token a stream knows of the tokens before it; the forward brings it up to date."""
 
+    weights: LayerWeights  # taken apart once for all tokens
     windows: tuple[int, int]  # tokens that a long and a short attention window span
-    token_index: Tensor  # 0-dim int64: of the last token in its stream; -1 before the first
+    tokens_read: int  # of each stream
     documents: Documents  # of the last token
     rings: dict[int, Ring]  # of the layers that have attention
     sums: list[EmaSums]  # of each group of layers that share EMAs
@@ -168,6 +178,8 @@ class SwitchBankGPT(nn.Module):
         as tensors, so that the graphs, and the time it takes to compile them, do not grow with the layers."""
         # Kinds of layers, shapes, training and validation make a graph each: more than the 8 that dynamo lets pass.
         torch._dynamo.config.recompile_limit = 256
+        # A fusion for GPUs that fails on the sums of `losses` in torch 2.11, for 8 slices and 16 experts for one.
+        torch._inductor.config.triton.mix_order_reduction = False
         for part in PARTS:
             if part == "feed_forward" and self.bank_backend == "avx512":
                 continue  # is compiled already
@@ -194,9 +206,7 @@ class SwitchBankGPT(nn.Module):
         config = self.config
         start = self.begin(tokens, state, window, past)
         x = start.x0
-        bank = self.bank.of_layers(self.bank.backend(x.dtype, tokens.numel()), x.dtype)
-        scalars = self.scalars.unbind()
-        routers = None if self.routers is None else self.routers.of_layers()
+        bank, scalars, routers = self.of_layers(x.dtype, tokens.numel()) if past is None else past.weights
         layer_index = torch.arange(config.layers, device=tokens.device).unbind()
         noise = None
         if self.training and routers is not None:
@@ -228,6 +238,11 @@ class SwitchBankGPT(nn.Module):
             outputs.append(x)
         return x, routings, start.active
 
+    def of_layers(self, dtype: torch.dtype, tokens: int) -> LayerWeights:
+        """The weights for forwards of `tokens` tokens each, with activations of `dtype`."""
+        bank = self.bank.of_layers(self.bank.backend(dtype, tokens), dtype)
+        return LayerWeights(bank, self.scalars.unbind(), None if self.routers is None else self.routers.of_layers())
+
     # ---- the parts that are compiled ------------------------------------------------------------------------------
 
     def begin(self, tokens: Tensor, state: StepState, window: int | None, past: Past | None) -> Start:
@@ -240,9 +255,9 @@ class SwitchBankGPT(nn.Module):
             short_window = torch.div(long_window, 2, rounding_mode="floor") if window is None else window // 2
             long_mask, short_mask = (build_mask(backend, documents.document, w) for w in (long_window, short_window))
         else:
-            past.token_index += 1
-            documents = past.documents = documents_of(tokens, config, past.documents)
-            long_mask, short_mask = (ring_mask(documents.position, past.token_index, w) for w in past.windows)
+            past.tokens_read += 1
+            documents = past.documents = next_documents(tokens, config, past.documents)
+            long_mask, short_mask = (ring_mask(documents.position, past.tokens_read, w) for w in past.windows)
         return Start(
             x0=rms_norm(self.embedding(tokens).to(dtype)),
             value_embeddings=[table(tokens).to(dtype) for table in self.value_embeddings],

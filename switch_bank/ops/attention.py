@@ -41,19 +41,19 @@ def build_mask(backend: str, document: Tensor, window: Tensor | int) -> Any:
     return ((distance >= 0) & (distance < window) & (document[:, :, None] == document[:, None, :]))[:, None]
 
 
-def ring_mask(position: Tensor, token_index: Tensor, window: int) -> Tensor:
-    """The mask, [B, 1, 1, window], of one query a stream over the keys of its last `window` tokens, of which token i
-    stands at place i mod window; for backends "reference" and "sdpa".
+def ring_mask(position: Tensor, tokens_read: int, window: int) -> Tensor:
+    """The mask, [B, 1, 1, min(tokens_read, window)], of one query a stream over its own key and those of the tokens
+    before it, of which token i stands at place i mod window; for backends "reference" and "sdpa".
 
-    position: [B, 1] int64, the query's in its document; token_index: 0-dim int64, the query's in its stream.
+    position: [B, 1] int64, the query's in its document; tokens_read: of its stream, with its own.
     """
-    age = (token_index - torch.arange(window, device=token_index.device)) % window
+    age = (tokens_read - 1 - torch.arange(min(tokens_read, window), device=position.device)) % window
     return (age <= position)[:, None, None]
 
 
 def attention(backend: str, query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float) -> Tensor:
     """Softmax attention; query, key, value: [B, T, H, d]; returns [B, T, H, d]. `mask` is of `build_mask`; with one of
-    `ring_mask`, T is 1 for the query and the window for key and value."""
+    `ring_mask`, T is 1 for the query, and for key and value what the mask has."""
     if backend == "flash":
         return _flash_attention(query, key, value, mask, scale)
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)

@@ -67,11 +67,11 @@ def expert_ffn(
     experts [N, K] int64; gates [N, K]. Returns [N, D]."""
     if scale is None or bias is None:
         scale = bias = x.new_empty(0, dtype=torch.float32)
-    keep = torch.is_grad_enabled()
-    return _ExpertFfn.apply(
-        x.contiguous(), gates.float().contiguous(), scale.float().contiguous(), bias.float().contiguous(),
-        matrices.link, experts.contiguous(), matrices, keep,
-    )  # fmt: skip
+    x, gates, experts = x.contiguous(), gates.float().contiguous(), experts.contiguous()
+    scale, bias = scale.float().contiguous(), bias.float().contiguous()
+    if torch.is_grad_enabled():
+        return _ExpertFfn.apply(x, gates, scale, bias, matrices.link, experts, matrices)
+    return torch.ops.switch_bank.bank_forward(x, experts, gates, scale, bias, matrices.w1, matrices.w2, False)[0]
 
 
 class _Collect(torch.autograd.Function):
@@ -87,8 +87,8 @@ class _Collect(torch.autograd.Function):
 
 class _ExpertFfn(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, gates, scale, bias, link, experts, matrices, keep):  # type: ignore[no-untyped-def]
-        y, kept = torch.ops.switch_bank.bank_forward(x, experts, gates, scale, bias, matrices.w1, matrices.w2, keep)
+    def forward(ctx, x, gates, scale, bias, link, experts, matrices):  # type: ignore[no-untyped-def]
+        y, kept = torch.ops.switch_bank.bank_forward(x, experts, gates, scale, bias, matrices.w1, matrices.w2, True)
         ctx.save_for_backward(x, experts, gates, scale, bias, matrices.w1_backward, matrices.w2_backward, kept)
         ctx.sums = matrices.sums
         return y
@@ -97,7 +97,7 @@ class _ExpertFfn(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         grads = torch.ops.switch_bank.bank_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.sums.get())
         grad_x, grad_gates, grad_scale, grad_bias = grads
-        return grad_x, grad_gates, grad_scale, grad_bias, grad.new_zeros((), dtype=torch.float32), None, None, None
+        return grad_x, grad_gates, grad_scale, grad_bias, grad.new_zeros((), dtype=torch.float32), None, None
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from switch_bank.model.features import (
     ema_features,
     forward_ema,
     leaky_reverse_ema,
+    next_documents,
     reverse_ema,
 )
 
@@ -271,8 +272,9 @@ def test_token_by_token_documents_and_features_are_those_of_the_slice(
     none = torch.zeros(1, 1, dtype=torch.int64)
     documents, past = Documents(none, none - 1, none.bool(), None), EmaSums(*torch.zeros(2, 1, 1, 3).double())
     for t in range(tokens.shape[1]):
-        documents = documents_of(tokens[:, t : t + 1], config, documents)
+        documents = next_documents(tokens[:, t : t + 1], config, documents)
         assert documents.flags is not None and whole.flags is not None
+        assert torch.equal(documents.document[:, 0], whole.document[:, t])
         assert torch.equal(documents.position[:, 0], whole.position[:, t])
         assert torch.equal(documents.flags[:, 0], whole.flags[:, t])
         for stepped, feature in zip(ema_features(n[:, t : t + 1], documents, config, past), features, strict=True):
