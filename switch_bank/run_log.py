@@ -155,8 +155,9 @@ def source_checksums() -> str:
 
 def environment(device: torch.device, processes: int) -> str:
     """Versions and hardware, a line each."""
-    packages = ["torch", "numpy", "triton", "flash-attn", "tyro"]
+    packages = ["numpy", "triton", "flash-attn", "tyro"]
     lines = [f"python {platform.python_version()} on {platform.system()} {platform.release()}"]
+    lines.append(f"torch {torch.__version__}")  # with its build, which the package's version may lack
     lines += [f"{name} {version}" for name in packages if (version := _version(name))]
     lines.append(f"cuda {torch.version.cuda}" if device.type == "cuda" else f"threads {torch.get_num_threads()}")
     lines.append(f"processes {processes} on {os.cpu_count()} CPU cores ({cpu_name()})")
