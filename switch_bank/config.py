@@ -172,7 +172,7 @@ class RunConfig:
     timeout_seconds: Annotated[float, Range(1, 10**6)] = 600  # how long a process waits for another one's answer
     profile: bool = False  # write a trace of a few steps into the run's folder
     compile: bool = True
-    tokens_per_forward: Count = 98_304  # slices go through the model together up to this many tokens
+    tokens_per_forward: Count = 32_768  # slices go through together up to this many: record keeps 0.9 MB a token
     recompute: bool = False  # compute a layer's activations again in the backward instead of keeping them
     log_every: Count = 25  # steps
     track: Literal["none", "trackio", "wandb", "tensorboard"] = "none"  # where metrics are sent to as well
