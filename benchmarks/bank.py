@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.measure import alternate, dense_ffn, device_name, quartiles, random_like, show, start_device
 from switch_bank.config import ModelConfig
 from switch_bank.model.bank import Bank, Experts
-from switch_bank.model.router import Routers
+from switch_bank.model.router import RouterOfLayer, Routers, Routing
 from switch_bank.ops.bank import Adapter, expert_ffn
 from switch_bank.schedules import StepState
 
@@ -77,7 +77,7 @@ class BankLayer:
         self.backend = self.bank.backend(dtype, shape.tokens)
         eager = not compile or self.backend == "avx512"  # which is compiled already
         self.forward = torch.compile(self.bank.forward, fullgraph=True, dynamic=False, disable=eager)
-        self.route = torch.compile(self.routers.forward, fullgraph=True, dynamic=False, disable=not compile)
+        self.route = torch.compile(self._route, fullgraph=True, dynamic=False, disable=not compile)
         tokens = (1, shape.tokens)
         self.n = random_like((*tokens, shape.width), device, dtype).requires_grad_()
         self.gates = torch.rand(*tokens, shape.top_k, device=device).requires_grad_()
@@ -112,10 +112,14 @@ class BankLayer:
     def router_step(self) -> None:
         """Forward and backward of the router, of the token alone: logits, noise, top-K, gates."""
         self.n.grad = None
-        routing = self.route(self.routers.of_layers()[0], self.n, None, self.state, self.active, self.noise)
+        routing = self.route(self.n, self.routers.of_layers()[0])
         torch.autograd.backward(
             [routing.gates, routing.probabilities], [self.gate_direction, self.probability_direction]
         )
+
+    def _route(self, n: Tensor, router: RouterOfLayer) -> Routing:
+        (context,) = self.routers.context_logits(n, [], (router,))
+        return self.routers(router, n, context, self.state, self.active, self.noise)
 
 
 class DenseLayer:

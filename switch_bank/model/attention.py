@@ -45,9 +45,8 @@ def self_attention(
     ring, T is 1, and the token attends to itself and to what the ring holds."""
     shape = (*n.shape[:2], -1, n.shape[2] // heads)
     weight = qkvo.to(n.dtype)
-    query_key, value = F.linear(n, weight[:3].flatten(0, 1)).tensor_split((2 * n.shape[2],), dim=-1)
-    query, key = rotate(rms_norm(query_key.view(shape)), rotary).chunk(2, dim=2)
-    value = mix[0] * value
+    query, key = rotate(rms_norm(F.linear(n, weight[:2].flatten(0, 1)).view(shape)), rotary).chunk(2, dim=2)
+    value = F.linear(n, mix[0] * weight[2])
     if value_embedding is not None:
         value = value + mix[1] * value_embedding
     value = value.view(shape)

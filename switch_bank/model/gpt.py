@@ -213,7 +213,7 @@ class SwitchBankGPT(nn.Module):
             noise = torch.zeros(*tokens.shape, config.experts, device=tokens.device)  # a step without noise adds this
         outputs: list[Tensor] = []
         routings: list[Routing] = []
-        context: tuple[Tensor, ...] = ()
+        context: list[Tensor] = []
         for layer in range(config.layers):
             skip = outputs[SKIPS[layer]] if layer in SKIPS else None
             attends = layer not in config.skip_attention
@@ -226,12 +226,12 @@ class SwitchBankGPT(nn.Module):
                 x = self.dense(x, n, bank[layer])
             else:
                 if layer % config.ema_stride == 0:
-                    group = routers[layer : layer + config.ema_stride]
+                    group = tuple(routers[layer : layer + config.ema_stride])
                     sums = None if past is None else past.sums[layer // config.ema_stride]
-                    context = self.context(n, start.documents, tuple(router.weight for router in group), sums)
+                    context = self.context(n, start.documents, group, sums)
                 if seed is not None and slices is not None:
                     noise = self.noise(seed, state, slices, tokens.shape[1], layer_index[layer])
-                of_layer = context[layer % config.ema_stride] if context else None
+                of_layer = context[layer % config.ema_stride]
                 routing = self.route(n, routers[layer], of_layer, state, start.active, noise)
                 x = self.feed_forward(x, n, bank[layer], routing.experts, routing.gates)
                 routings.append(routing)
@@ -283,22 +283,22 @@ class SwitchBankGPT(nn.Module):
         return x, rms_norm(x)
 
     def context(
-        self, n: Tensor, documents: Documents, weights: tuple[Tensor, ...], sums: EmaSums | None
-    ) -> tuple[Tensor, ...]:
-        """What EMAs and flags add to the logits of each layer of a group, [B, T, E]; n is its first layer's bank input,
-        weights are its routers'. Empty where the routers see the token alone."""
+        self, n: Tensor, documents: Documents, routers: tuple[RouterOfLayer, ...], sums: EmaSums | None
+    ) -> list[Tensor]:
+        """What is added to the logits that the token alone gives in each layer of a group, [B, T, E]: by bias, EMAs and
+        flags. n is the bank's input of the group's first layer."""
         assert self.routers is not None
         features = ema_features(n, documents, self.config, sums)
         if documents.flags is not None:
             features.append(documents.flags.to(torch.float64 if n.dtype == torch.float64 else torch.float32))
-        return self.routers.context_logits(features, weights)
+        return self.routers.context_logits(n, features, routers)
 
     def noise(self, seed: Tensor, state: StepState, slices: Tensor, tokens: int, layer: Tensor) -> Tensor:
         """The Gumbel noise of one layer's choices, [B, tokens, E]."""
         return gumbel(seed, state.step, slices, tokens, layer, self.config.experts)
 
     def route(
-        self, n: Tensor, router: RouterOfLayer, context: Tensor | None, state: StepState, active: Tensor,
+        self, n: Tensor, router: RouterOfLayer, context: Tensor, state: StepState, active: Tensor,
         noise: Tensor | None,
     ) -> Routing:  # fmt: skip
         """Where a layer sends its tokens."""

@@ -78,25 +78,24 @@ class Routers(nn.Module):
         """[E] bool: the experts that may be chosen."""
         return (torch.arange(self.config.experts, device=self.pruned.device) < state.active_experts) & ~self.pruned
 
-    def context_logits(self, features: list[Tensor], weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """What EMAs and flags, each [B, T, ·], add to the logits of several layers, in one product for all of them.
-
-        weights: [E, router_features] of each layer; returns [B, T, E] for each layer, or nothing without features.
-        """
-        if not features:
-            return ()
-        stacked, at, logits = torch.cat(weights), self.config.width, torch.zeros((), device=weights[0].device)
+    def context_logits(self, n: Tensor, features: list[Tensor], routers: tuple[RouterOfLayer, ...]) -> list[Tensor]:
+        """What bias, EMAs and flags, each [B, T, ·], add to the logits of several layers: one product each for all of
+        them. n: [B, T, D], the bank's input of one of the layers. Returns [B, T, E] for each layer."""
+        ones = torch.ones_like(n[..., :1], dtype=torch.promote_types(n.dtype, torch.float32))
+        # The bias as a product too: how a plain sum of its gradients is cut up depends on the number of threads.
+        logits = F.linear(ones, torch.cat([router.bias for router in routers])[:, None].to(ones.dtype))
+        stacked, at = torch.cat([router.weight for router in routers]), self.config.width
         for feature in features:
             weight = stacked[:, at : at + feature.shape[-1]]
             logits = logits + F.linear(feature, weight.to(feature.dtype))
             at += feature.shape[-1]
-        return logits.split(self.config.experts, dim=-1)
+        return list(logits.split(self.config.experts, dim=-1))
 
     def forward(
         self,
         router: RouterOfLayer,
         n: Tensor,
-        context: Tensor | None,
+        context: Tensor,
         state: StepState,
         active: Tensor,
         noise: Tensor | None,
@@ -104,11 +103,7 @@ class Routers(nn.Module):
         """n: [B, T, D], the bank's input; context: [B, T, E] of `context_logits`; noise: [B, T, E] or None."""
         config = self.config
         n = n if n.dtype == torch.float64 else n.float()
-        logits = F.linear(n, router.weight[:, : config.width].to(n.dtype))
-        # The bias as a product too: how a plain sum of its gradients is cut up depends on the number of threads.
-        logits = logits + F.linear(torch.ones_like(n[..., :1]), router.bias[:, None].to(n.dtype))
-        if context is not None:
-            logits = logits + context
+        logits = F.linear(n, router.weight[:, : config.width].to(n.dtype)) + context
         noisy = logits if noise is None else logits + noise
         values = noisy / (state.temperature * router.temperature_factor)
         choice = values + router.balance_bias if config.balance == "bias" else values

@@ -37,7 +37,9 @@ def tokens_of(batch: int = 2, tokens: int = 50, seed: int = 0) -> Tensor:
 
 
 def route(routers: Routers, n: Tensor, at: StepState, layer: int = 1, noise: Tensor | None = None) -> Routing:
-    return routers(routers.of_layers()[layer], n, None, at, routers.active(at), noise)
+    router = routers.of_layers()[layer]
+    (context,) = routers.context_logits(n, [], (router,))
+    return routers(router, n, context, at, routers.active(at), noise)
 
 
 def routing_of(probabilities: Tensor, experts: Tensor, logits: Tensor | None = None) -> Routing:
@@ -380,13 +382,12 @@ def test_context_logits_are_what_the_whole_router_input_would_give() -> None:
     forward, reverse = (torch.randn(2, 50, width, generator=generator) for _ in range(2))
     flags = (torch.rand(2, 50, 11, generator=generator) < 0.5).float()
     of_layers, n = routers.of_layers(), tokens_of()
-    contexts = routers.context_logits([forward, reverse, flags], (of_layers[1].weight, of_layers[2].weight))
+    contexts = routers.context_logits(n, [forward, reverse, flags], (of_layers[1], of_layers[2]))
     assert len(contexts) == 2
     for layer, context in zip((1, 2), contexts, strict=True):
         routing = routers(of_layers[layer], n, context, state(), routers.active(state()), None)
         whole = torch.cat([n, forward, reverse, flags], dim=-1) @ routers.weight[layer].T + routers.bias[layer]
         torch.testing.assert_close(routing.logits, whole, rtol=1e-4, atol=1e-4)
-    assert routers_of().context_logits([], (of_layers[0].weight,)) == ()
 
 
 def test_noise_moves_the_choice_and_the_gate_alike() -> None:
