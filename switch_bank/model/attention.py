@@ -46,7 +46,8 @@ def self_attention(
     shape = (*n.shape[:2], -1, n.shape[2] // heads)
     weight = qkvo.to(n.dtype)
     query, key = rotate(rms_norm(F.linear(n, weight[:2].flatten(0, 1)).view(shape)), rotary).chunk(2, dim=2)
-    value = F.linear(n, mix[0] * weight[2])
+    # A scale a row, so that its gradient is summed by rows: how one sum of all is cut up depends on the threads.
+    value = F.linear(n, mix[0].expand(n.shape[2], 1) * weight[2])
     if value_embedding is not None:
         value = value + mix[1] * value_embedding
     value = value.view(shape)
