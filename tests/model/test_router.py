@@ -388,6 +388,8 @@ def test_context_logits_are_what_the_whole_router_input_would_give() -> None:
         routing = routers(of_layers[layer], n, context, state(), routers.active(state()), None)
         whole = torch.cat([n, forward, reverse, flags], dim=-1) @ routers.weight[layer].T + routers.bias[layer]
         torch.testing.assert_close(routing.logits, whole, rtol=1e-4, atol=1e-4)
+    (alone,) = routers.context_logits(n, [], (of_layers[0],))  # without features, the bias is left
+    assert torch.equal(alone, routers.bias[0].expand(2, 50, -1))
 
 
 def test_noise_moves_the_choice_and_the_gate_alike() -> None:
