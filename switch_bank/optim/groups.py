@@ -76,7 +76,8 @@ def set_rates(muon: TurboMuon, adam: torch.optim.AdamW, step: int, config: Confi
 
 
 class QuantileClip:
-    """Clips the joint norm of some gradients to a quantile of its own last values; all on the device."""
+    """Clips the joint norm of some gradients to a quantile of its own last values; all on the device. Steps without a
+    gradient do not count: after as many of them as a bank's first expert is alone, a low quantile would be zero."""
 
     def __init__(self, parameters: list[nn.Parameter], quantile: float, history: int) -> None:
         self.gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -88,9 +89,10 @@ class QuantileClip:
         if not self.gradients:
             return
         norm = torch.stack(torch._foreach_norm(self.gradients)).norm()
-        self.norms.copy_(torch.cat([self.norms[1:], norm[None]]))
+        counted = torch.where(norm > 0, norm, torch.nan)
+        self.norms.copy_(torch.cat([self.norms[1:], counted[None]]))
         limit = torch.nanquantile(self.norms, self.quantile)
-        torch._foreach_mul_(self.gradients, (limit / norm.clamp(min=1e-20)).clamp(max=1.0))
+        torch._foreach_mul_(self.gradients, (limit / counted).clamp(max=1.0).nan_to_num(1.0))
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"norms": self.norms}

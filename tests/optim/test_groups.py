@@ -167,6 +167,15 @@ def test_gradients_of_zero_stay_zero_and_a_first_gradient_stays_as_it_is() -> No
     assert (joint(parameters) == 0).all()
 
 
+def test_a_gradient_after_many_steps_without_one_is_not_clipped_to_nothing() -> None:
+    parameters, clip = clip_of(0.1, 5)
+    for value in (0.0, 0.0, 0.0, 4.0, 0.0, 3.0, 5.0):
+        parameters[0].grad.fill_(value)  # type: ignore[union-attr]
+        clip.step()
+    limit = np.quantile([4.0, 3.0, 5.0], 0.1)
+    np.testing.assert_allclose(joint(parameters)[:7], limit, rtol=1e-6)
+
+
 def test_a_resumed_clip_remembers() -> None:
     (one, first), (two, second) = clip_of(0.3, 4), clip_of(0.3, 4)
     for value in (1.0, 5.0, 2.0):
