@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
 BUCKET = 2**18  # numbers, at least, that are summed over the processes in one call
+PIECE = 2**17  # numbers of which a float64 copy stays in a core's cache
 
 
 class World(NamedTuple):
@@ -130,7 +131,7 @@ class Gradients:
         self.backwards_left -= 1
         loss.backward()
         if self.backwards_left > 0 and self.exact:
-            self.sums.add_(self.flat)
+            _add_exactly(self.sums, self.flat)
             self.flat.zero_()
 
     def _arrived(self, bucket: int, parameter: Tensor) -> None:
@@ -143,7 +144,7 @@ class Gradients:
     def _begin_next(self) -> None:
         flat, sums = self.buckets[len(self.begun)]
         if self.exact:
-            sums.add_(flat)
+            _add_exactly(sums, flat)
         self.begun.append(dist.all_reduce(sums, async_op=True))
 
     def wait(self) -> None:
@@ -154,6 +155,12 @@ class Gradients:
             wait_for(work)
             if self.exact:
                 flat.copy_(sums)
+
+
+def _add_exactly(sums: Tensor, flat: Tensor) -> None:
+    """sums += flat, of float64 and float32 [N]; piece by piece, as torch first makes a float64 copy of what it adds."""
+    for some_sums, some in zip(sums.split(PIECE), flat.split(PIECE), strict=True):
+        some_sums.add_(some)
 
 
 def wait_for(work: dist.Work) -> None:
