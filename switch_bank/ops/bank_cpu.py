@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -114,6 +115,7 @@ def _load() -> None:
     with open(library.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes one compiles; a lock dies with its process
         if not library.exists():
+            print(f"compiling {SOURCE.name}, once, some 15 s", file=sys.stderr)
             with tempfile.TemporaryDirectory(dir=library.parent) as folder:
                 built = Path(folder) / library.name
                 assert COMPILER is not None
