@@ -38,17 +38,17 @@ def build_mask(backend: str, document: Tensor, window: Tensor | int) -> Any:
     if backend == "flex":
         return _flex_mask(document, window)
     distance = _distance(document)
-    return ((distance >= 0) & (distance < window) & (document[:, :, None] == document[:, None, :]))[:, None]
+    return _to_add((distance >= 0) & (distance < window) & (document[:, :, None] == document[:, None, :]))[:, None]
 
 
 def ring_mask(position: Tensor, tokens_read: int, window: int) -> Tensor:
-    """The mask, [B, 1, 1, min(tokens_read, window)], of one query a stream over its own key and those of the tokens
-    before it, of which token i stands at place i mod window; for backends "reference" and "sdpa".
+    """The mask, [B, 1, 1, min(tokens_read, window)] float32, of one query a stream over its own key and those of the
+    tokens before it, of which token i stands at place i mod window; for backends "reference" and "sdpa".
 
     position: [B, 1] int64, the query's in its document; tokens_read: of its stream, with its own.
     """
     age = (tokens_read - 1 - torch.arange(min(tokens_read, window), device=position.device)) % window
-    return (age <= position)[:, None, None]
+    return _to_add(age <= position)[:, None, None]
 
 
 def attention(backend: str, query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float) -> Tensor:
@@ -59,12 +59,18 @@ def attention(backend: str, query: Tensor, key: Tensor, value: Tensor, mask: Any
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if backend == "reference":
         scores = (scale * query @ key.mT).to(torch.promote_types(query.dtype, torch.float32))
-        result = torch.softmax(scores.masked_fill(~mask, -torch.inf), dim=-1).to(value.dtype) @ value
+        result = torch.softmax(scores + mask, dim=-1).to(value.dtype) @ value
     elif backend == "sdpa":
-        result = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+        result = F.scaled_dot_product_attention(query, key, value, attn_mask=mask.to(query.dtype), scale=scale)
     else:
         result = flex_attention(query, key, value, block_mask=mask, scale=scale)
     return result.transpose(1, 2)
+
+
+def _to_add(seen: Tensor) -> Tensor:
+    """What a mask adds to the scores: float32, 0 where `seen` and -inf elsewhere. SDPA makes the same of a mask of
+    bools, for every layer again; and Inductor's code for CPUs writes bools one by one."""
+    return torch.where(seen, 0.0, -torch.inf)
 
 
 def _distance(document: Tensor) -> Tensor:

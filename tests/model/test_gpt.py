@@ -368,7 +368,7 @@ def test_blocks_are_wired_as_designed(config_of: ConfigOf, model_of: ModelOf, op
                 value_embedding = None if table is None else model.value_embeddings[table](tokens).double()
                 rotary, mask = inputs[6:8]
                 # Long windows on every fourth layer, half of it elsewhere; the second document has 91 tokens.
-                assert mask[0, 0, -1].sum() == (91 if layer % 4 == 3 else 50)
+                assert (mask[0, 0, -1] == 0).sum() == (91 if layer % 4 == 3 else 50)
                 attention = self_attention(
                     qkvo, rms_norm(expected), 2, rotary, value_embedding, torch.stack(mix), "reference", mask
                 )
