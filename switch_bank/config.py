@@ -145,7 +145,7 @@ class OptimConfig:
     scalar_lr: Weight = 0.015
     adam_betas: tuple[Fraction, Fraction] = (0.8, 0.95)
     router_clip_quantile: Fraction = 0.1  # router gradients are clipped to this quantile ...
-    router_clip_history: Count = 250  # ... of their norms over this many steps
+    router_clip_history: Count = 250  # ... of their norms over this many steps, those of zero left out
 
 
 @dataclass(frozen=True)

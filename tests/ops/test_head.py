@@ -55,6 +55,14 @@ def test_values_and_gradients_are_those_of_the_definition(
         assert found[1].dtype == weight.dtype and found[2].dtype == dtype and found[3].dtype == weight.dtype
 
 
+@pytest.mark.parametrize("z", [-1e6, 1e6])
+def test_a_whole_vocabulary_at_the_cap_is_summed_as_any_other(z: float) -> None:
+    x, weight, targets = torch.ones(1, 1), torch.full((50_304, 1), z), torch.tensor([7])
+    weight[7] = -z
+    loss, _ = chunked_head_losses(x, weight, targets)
+    torch.testing.assert_close(loss.double(), by_definition(x, weight, targets)[0], rtol=1e-6, atol=1e-6)
+
+
 def test_where_no_target_counts_nothing_comes_out() -> None:
     x, weight, targets = problem(6, torch.float32)
     assert all((part == 0).all() for part in solve(chunked_head_losses, x, weight, torch.full_like(targets, IGNORE)))
