@@ -43,8 +43,7 @@ def sample(
     generator = torch.Generator(device).manual_seed(seed)
     decoder, unread = Decoder(model, state), [eod, *tokens]
     for _ in range(count):
-        for token in unread:
-            logits = decoder.read(torch.tensor([token], device=device))
+        logits = decoder.read(torch.tensor([unread], device=device))
         token = _draw(logits[0, : model.config.vocab_size].float(), temperature, top_k, generator)
         if token == eod:
             return

@@ -21,12 +21,19 @@ class Ring:
     tokens_read: int = 0
 
     def read(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Puts the next token's key and value, [B, 1, H, d] each, in the place of those that leave the window. Returns
-        all that are in it, [B, min(tokens read, window), H, d] each."""
-        place = self.tokens_read % self.keys.shape[1]
-        self.keys[:, place], self.values[:, place] = key[:, 0], value[:, 0]
-        self.tokens_read += 1
-        return self.keys[:, : self.tokens_read], self.values[:, : self.tokens_read]
+        """Puts the next T tokens' keys and values, [B, T, H, d] each, in the places of those that leave the window.
+        Returns what these tokens may see, in the order of `ring_mask`."""
+        tokens, window = key.shape[1], self.keys.shape[1]
+        before, self.tokens_read = self.tokens_read, self.tokens_read + tokens
+        if tokens == 1:
+            self.keys[:, before % window], self.values[:, before % window] = key[:, 0], value[:, 0]
+            return self.keys[:, : self.tokens_read], self.values[:, : self.tokens_read]
+        held = self.keys[:, :before], self.values[:, :before]
+        seen = torch.cat([held[0], key], dim=1), torch.cat([held[1], value], dim=1)
+        last = torch.arange(max(0, tokens - window), tokens, device=key.device)
+        places = (before + last) % window
+        self.keys[:, places], self.values[:, places] = key[:, last], value[:, last]
+        return seen
 
 
 def attention_matrices(width: int) -> nn.Parameter:
@@ -42,7 +49,7 @@ def self_attention(
     backend: str, mask: Any, ring: Ring | None = None,
 ) -> Tensor:  # fmt: skip
     """n: [B, T, D]; value_embedding: [B, T, D] or None; mix: [2], the weights of v and of the value embedding. With a
-    ring, T is 1, and the token attends to itself and to what the ring holds."""
+    ring, these tokens are the next ones after those that it holds."""
     shape = (*n.shape[:2], -1, n.shape[2] // heads)
     weight = qkvo.to(n.dtype)
     query, key = rotate(rms_norm(F.linear(n, weight[:2].flatten(0, 1)).view(shape)), rotary).chunk(2, dim=2)

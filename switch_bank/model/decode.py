@@ -1,4 +1,4 @@
-"""Decoding: a model fed one token at a time, from a state whose size is bounded by the attention window."""
+"""Decoding: a model fed token by token, from a state whose size is bounded by the attention window."""
 
 import torch
 from torch import Tensor
@@ -10,9 +10,11 @@ from switch_bank.model.gpt import Past, SwitchBankGPT
 from switch_bank.ops.bank import MANY
 from switch_bank.schedules import StepState
 
+TOGETHER = 512  # tokens of a stream that go through the model at a time: their scores, [T, window + T], are all held
+
 
 class Decoder:
-    """Reads independent streams of tokens in step, one token of each at a time.
+    """Reads independent streams of tokens in step, as many tokens of each at a time as there are.
 
     The logits are those of the full forward over each stream as one slice: an end-of-document token starts a document
     that sees nothing before it, and so does a stream's first token. A token costs the same wherever it stands, once the
@@ -27,10 +29,11 @@ class Decoder:
 
     @torch.inference_mode()
     def read(self, tokens: Tensor) -> Tensor:
-        """tokens: [streams] int64, the next one of each. Returns the logits of the one after it, [streams, padded
+        """tokens: [streams, T] int64, the next ones of each. Returns the logits of the one after them, [streams, padded
         vocabulary] in the model's dtype."""
-        hidden, _, _ = self.model.trunk(tokens[:, None], self.state, past=self.past)
-        return self.model.logits(hidden[:, 0])
+        for some in tokens.split(TOGETHER if self.model.config.causal else 1, dim=1):
+            hidden, _, _ = self.model.trunk(some, self.state, past=self.past)
+        return self.model.logits(hidden[:, -1])
 
 
 @torch.no_grad()
@@ -62,4 +65,4 @@ def nothing_read(model: SwitchBankGPT, window: int, streams: int) -> Past:
 def decode_logits(model: SwitchBankGPT, tokens: Tensor, state: StepState) -> Tensor:
     """The logits of tokens [B, T] int64 as a decoder gives them, fed one by one: [B, T, padded vocabulary]."""
     decoder = Decoder(model, state, len(tokens))
-    return torch.stack([decoder.read(column) for column in tokens.unbind(1)], dim=1)
+    return torch.stack([decoder.read(column) for column in tokens.split(1, dim=1)], dim=1)

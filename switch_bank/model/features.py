@@ -26,24 +26,20 @@ class EmaSums(NamedTuple):
     reverse: Tensor
 
 
-def documents_of(tokens: Tensor, config: ModelConfig) -> Documents:
-    """tokens: [B, T] int64; documents begin at `eod_token`."""
+def documents_of(tokens: Tensor, config: ModelConfig, before: Documents | None = None) -> Documents:
+    """tokens: [B, T] int64; documents begin at `eod_token`. With `before`, of some tokens, these are the next ones of
+    their slices; its position is -1 where a slice begins."""
     index = torch.arange(tokens.shape[1], device=tokens.device)
     is_eod = tokens == config.eod_token
     document = is_eod.long().cumsum(dim=1)
-    position = index - torch.where(is_eod, index, 0).cummax(dim=1).values
-    after_eod = torch.cat([torch.zeros_like(is_eod[:, :1]), is_eod[:, :-1]], dim=1)
+    if before is None:
+        start, was_eod = torch.zeros_like(index[:1]), torch.zeros_like(is_eod[:, :1])
+    else:
+        start, was_eod = -1 - before.position[:, -1:], before.is_eod[:, -1:]
+        document = document + before.document[:, -1:]
+    position = index - torch.where(is_eod, index, start).cummax(dim=1).values
+    after_eod = torch.cat([was_eod, is_eod[:, :-1]], dim=1)
     return Documents(document, position, is_eod, _flags(is_eod, after_eod, position, config) if config.flags else None)
-
-
-def next_documents(token: Tensor, config: ModelConfig, before: Documents) -> Documents:
-    """`documents_of` for one token more of each slice, token [B, 1] int64, after those of `before` [B, 1], whose
-    position is -1 where the slice begins."""
-    is_eod = token == config.eod_token
-    document = before.document + is_eod
-    position = torch.where(is_eod, 0, before.position + 1)
-    flags = _flags(is_eod, before.is_eod, position, config) if config.flags else None
-    return Documents(document, position, is_eod, flags)
 
 
 def _flags(is_eod: Tensor, after_eod: Tensor, position: Tensor, config: ModelConfig) -> Tensor:
@@ -82,8 +78,9 @@ def leaky_reverse_ema(n: Tensor, documents: Documents, decay: float, window: int
     """The published form, which READS FUTURE TOKENS: an EMA that runs from right to left over the first `window`
     tokens of a document, and its value at their last token for all later ones. Kept to price the leak.
 
-    With `past` [B, 1, D], the last of these tokens that was read, the tokens to come are not there: the document is
-    taken as one that ends at t. That is the best that generation can do, and not what the model was trained on."""
+    With `past` [B, 1, D], the last of these tokens that was read, the tokens to come are not there: T is 1, and the
+    document is taken as one that ends at t. That is the best that generation can do, and not what the model was trained
+    on."""
     n = _at_least_float32(n)
     opening = documents.position < window
     if past is not None:
@@ -97,8 +94,8 @@ def leaky_reverse_ema(n: Tensor, documents: Documents, decay: float, window: int
 
 
 def ema_features(n: Tensor, documents: Documents, config: ModelConfig, past: EmaSums | None = None) -> list[Tensor]:
-    """The EMAs that the configuration asks for, each like n [B, T, D], the bank input of a group's first layer. With
-    `past`, T is 1, and it is brought up to date in place."""
+    """The EMAs that the configuration asks for, each like n [B, T, D], the bank input of a group's first layer. `past`,
+    the sums before these tokens, is brought up to date in place."""
     of_forward, of_reverse = past or (None, None)
     decay, window = config.reverse_decay, config.reverse_window
     features = []
@@ -112,11 +109,17 @@ def ema_features(n: Tensor, documents: Documents, config: ModelConfig, past: Ema
 
 
 def _scan(x: Tensor, decay: float, documents: Documents, past: Tensor | None) -> Tensor:
-    """`document_scan` of x [B, T, D]; or one token more of it, x [B, 1, D], whose sums take the place of `past`, those
-    before it [B, 1, D]."""
+    """`document_scan` of x [B, T, D]; or T tokens more of it, the last sums of which take the place of `past`, the sums
+    before them [B, 1, D]."""
+    document, position = documents.document, documents.position
     if past is None:
-        return document_scan(x, decay, documents.document)
-    return past.copy_(scan_step(x, decay, past, documents.position > 0))
+        return document_scan(x, decay, document)
+    if x.shape[1] == 1:
+        return past.copy_(scan_step(x, decay, past, position > 0))
+    summed = document[:, :1] - (position[:, :1] == 0).long()  # the document that `past` is of
+    sums = document_scan(torch.cat([past, x], dim=1), decay, torch.cat([summed, document], dim=1))[:, 1:]
+    past.copy_(sums[:, -1:])
+    return sums
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from switch_bank.config import Config, ModelConfig, compute_dtype
 from switch_bank.model.attention import Ring, attention_matrices, rms_norm, rotary_tables, self_attention
 from switch_bank.model.bank import Bank, Experts
-from switch_bank.model.features import Documents, EmaSums, documents_of, ema_features, next_documents
+from switch_bank.model.features import Documents, EmaSums, documents_of, ema_features
 from switch_bank.model.folder import ModelFolderError, read_folder
 from switch_bank.model.router import RouterOfLayer, Routers, Routing, RoutingSums
 from switch_bank.ops.attention import BLOCK, build_mask, choose_backend, ring_mask
@@ -53,12 +53,12 @@ class LayerWeights(NamedTuple):
 
 @dataclass
 class Past:
-    """What a forward of one token a stream knows of the tokens before it; the forward brings it up to date."""
+    """What a forward of the next tokens of streams knows of those before them; the forward brings it up to date."""
 
     weights: LayerWeights  # taken apart once for all tokens
     windows: tuple[int, int]  # tokens that a long and a short attention window span
     tokens_read: int  # of each stream
-    documents: Documents  # of the last token
+    documents: Documents  # of the last tokens
     rings: dict[int, Ring]  # of the layers that have attention
     sums: list[EmaSums]  # of each group of layers that share EMAs
 
@@ -201,8 +201,8 @@ class SwitchBankGPT(nn.Module):
         window: int | None = None,
         past: Past | None = None,
     ) -> tuple[Tensor, list[Routing], Tensor]:
-        """The output of the last block [B, T, D], each layer's routes, and the active experts [E] bool. With `past`, T
-        is 1: the next token of each stream."""
+        """The output of the last block [B, T, D], each layer's routes, and the active experts [E] bool. With `past`,
+        tokens are the next ones of each stream."""
         config = self.config
         start = self.begin(tokens, state, window, past)
         x = start.x0
@@ -255,9 +255,9 @@ class SwitchBankGPT(nn.Module):
             short_window = torch.div(long_window, 2, rounding_mode="floor") if window is None else window // 2
             long_mask, short_mask = (build_mask(backend, documents.document, w) for w in (long_window, short_window))
         else:
-            past.tokens_read += 1
-            documents = past.documents = next_documents(tokens, config, past.documents)
+            documents = past.documents = documents_of(tokens, config, past.documents)
             long_mask, short_mask = (ring_mask(documents.position, past.tokens_read, w) for w in past.windows)
+            past.tokens_read += tokens.shape[1]
         return Start(
             x0=rms_norm(self.embedding(tokens).to(dtype)),
             value_embeddings=[table(tokens).to(dtype) for table in self.value_embeddings],

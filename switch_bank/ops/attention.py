@@ -42,18 +42,26 @@ def build_mask(backend: str, document: Tensor, window: Tensor | int) -> Any:
 
 
 def ring_mask(position: Tensor, tokens_read: int, window: int) -> Tensor:
-    """The mask, [B, 1, 1, min(tokens_read, window)] float32, of one query a stream over its own key and those of the
-    tokens before it, of which token i stands at place i mod window; for backends "reference" and "sdpa".
+    """The mask, float32, of the next T queries of each stream, for backends "reference" and "sdpa". Of a stream's keys
+    before them a ring holds the last ones, token i at place i mod window.
 
-    position: [B, 1] int64, the query's in its document; tokens_read: of its stream, with its own.
+    position: [B, T] int64, the queries' in their documents; tokens_read: of each stream, before them. For one query
+    [B, 1, 1, keys], over a ring that its own key is in; for more [B, 1, T, keys], over a ring before them, and theirs.
     """
-    age = (tokens_read - 1 - torch.arange(min(tokens_read, window), device=position.device)) % window
-    return _to_add(age <= position)[:, None, None]
+    tokens, device = position.shape[1], position.device
+    if tokens == 1:
+        age = (tokens_read - torch.arange(min(tokens_read + 1, window), device=device)) % window
+        return _to_add(age <= position)[:, None, None]
+    held = torch.arange(min(tokens_read, window), device=device)
+    held = tokens_read - 1 - (tokens_read - 1 - held) % window
+    query = torch.arange(tokens_read, tokens_read + tokens, device=device)
+    age = query[:, None] - torch.cat([held, query])
+    return _to_add((age >= 0) & (age < window) & (age <= position[..., None]))[:, None]
 
 
 def attention(backend: str, query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float) -> Tensor:
-    """Softmax attention; query, key, value: [B, T, H, d]; returns [B, T, H, d]. `mask` is of `build_mask`; with one of
-    `ring_mask`, T is 1 for the query, and for key and value what the mask has."""
+    """Softmax attention; query, key, value: [B, T, H, d]; returns [B, T, H, d]. `mask` is of `build_mask`, or of
+    `ring_mask`, which says how many keys and values there are."""
     if backend == "flash":
         return _flash_attention(query, key, value, mask, scale)
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)

@@ -86,6 +86,20 @@ def test_token_by_token_the_logits_are_those_of_the_full_forward(
     assert largest_difference(model, tokens, state_of(config)) < 1e-9
 
 
+@pytest.mark.parametrize("lengths", [(1, 30, 2, 1, 45, 81), (SHORT, LONG, 1, 1, 98), (TOKENS,)])
+@pytest.mark.parametrize("options", CAUSAL, ids=readable)
+def test_piece_by_piece_too(
+    config_of: ConfigOf, model_of: ModelOf, options: dict[str, Any], lengths: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("switch_bank.model.decode.TOGETHER", 71)
+    config = config_of(**EXACT, reverse_window=REVERSE, **options)
+    model, tokens = model_of(config).eval(), streams(*DOCUMENTS)
+    decoder, expected = Decoder(model, state_of(config), streams=2), full_logits(model, tokens, state_of(config))
+    for piece, last in zip(tokens.split(lengths, dim=1), itertools.accumulate(lengths), strict=True):
+        assert (decoder.read(piece) - expected[:, last - 1]).abs().max() < 1e-9
+
+
 @pytest.mark.parametrize("value", [dict(active_experts=2.0), dict(temperature=0.4), dict(cap=0.3), dict(window=133.0)])
 def test_the_state_of_the_step_reaches_the_decoder(
     config_of: ConfigOf, model_of: ModelOf, value: dict[str, float]
@@ -156,6 +170,7 @@ def test_the_leaky_reverse_ema_is_decoded_as_if_the_document_ended_with_the_last
     for t in range(80):
         known = full_logits(model, tokens[:, : t + 1], state)[:, -1]
         torch.testing.assert_close(decoded[:, t], known, rtol=0, atol=1e-9)
+    assert torch.equal(Decoder(model, state, streams=2).read(tokens), decoded[:, -1])
 
 
 # --- Documents and streams
@@ -218,7 +233,7 @@ def test_a_token_costs_at_most_what_it_does_with_full_windows_and_waits_for_no_d
     config = config_of(**options)
     decoder, tokens = Decoder(model_of(config).eval(), state_of(config)), streams((0,))
     logs = {}
-    for t, column in enumerate(tokens.unbind(1)):
+    for t, column in enumerate(tokens.split(1, dim=1)):
         with Operations() if t in (1, LONG - 1, TOKENS - 1) else contextlib.nullcontext(Operations()) as operations:
             decoder.read(column)
         logs[t] = operations.seen
@@ -236,7 +251,7 @@ def test_the_state_is_bounded_by_the_windows(config_of: ConfigOf, model_of: Mode
     config = config_of(layers=9, skip_attention=(4,), forward_ema=True, ema_stride=4)
     decoder, tokens = Decoder(model_of(config).eval(), state_of(config), streams=2), streams(*DOCUMENTS)
     sizes = []
-    for column in tokens.unbind(1):
+    for column in tokens.split(1, dim=1):
         decoder.read(column)
         sizes.append(sum(tensor.untyped_storage().nbytes() for tensor in tensors_of(decoder)))
     assert set(sizes[1:]) == {sizes[-1]}

@@ -1,5 +1,7 @@
 """What a router sees, against plain loops over its formulas, and that no document's features know another's."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +16,6 @@ from switch_bank.model.features import (
     ema_features,
     forward_ema,
     leaky_reverse_ema,
-    next_documents,
     reverse_ema,
 )
 
@@ -258,9 +259,12 @@ def test_the_leaky_reverse_ema_reads_tokens_to_come_of_its_own_document_only() -
 
 @pytest.mark.parametrize("normalized", [True, False])
 @settings(max_examples=15)
-@given(slice_=slices, decay=decays, window=st.integers(1, 200))
-def test_token_by_token_documents_and_features_are_those_of_the_slice(
-    normalized: bool, slice_: tuple[int, list[int]], decay: float, window: int
+@given(
+    slice_=slices, decay=decays, window=st.integers(1, 200),
+    pieces=st.just([1]) | st.lists(st.integers(1, 150), min_size=1),
+)  # fmt: skip
+def test_piece_by_piece_documents_and_features_are_those_of_the_slice(
+    normalized: bool, slice_: tuple[int, list[int]], decay: float, window: int, pieces: list[int]
 ) -> None:
     config = ModelConfig(
         vocab_size=10, eod_token=EOD, forward_ema=True, forward_decay=decay, reverse_decay=decay, reverse_window=window,
@@ -271,14 +275,17 @@ def test_token_by_token_documents_and_features_are_those_of_the_slice(
     features = ema_features(n, whole, config)
     none = torch.zeros(1, 1, dtype=torch.int64)
     documents, past = Documents(none, none - 1, none.bool(), None), EmaSums(*torch.zeros(2, 1, 1, 3).double())
-    for t in range(tokens.shape[1]):
-        documents = next_documents(tokens[:, t : t + 1], config, documents)
+    lengths, first = itertools.cycle(pieces), 0
+    while first < tokens.shape[1]:
+        piece = slice(first, first + next(lengths))
+        documents = documents_of(tokens[:, piece], config, documents)
         assert documents.flags is not None and whole.flags is not None
-        assert torch.equal(documents.document[:, 0], whole.document[:, t])
-        assert torch.equal(documents.position[:, 0], whole.position[:, t])
-        assert torch.equal(documents.flags[:, 0], whole.flags[:, t])
-        for stepped, feature in zip(ema_features(n[:, t : t + 1], documents, config, past), features, strict=True):
-            assert_near(stepped[:, 0], feature[:, t], 1e-12)
+        assert torch.equal(documents.document, whole.document[:, piece])
+        assert torch.equal(documents.position, whole.position[:, piece])
+        assert torch.equal(documents.flags, whole.flags[:, piece])
+        for stepped, feature in zip(ema_features(n[:, piece], documents, config, past), features, strict=True):
+            assert_near(stepped, feature[:, piece], 1e-12)
+        first = piece.stop
 
 
 def test_features_come_in_the_order_the_router_reads_them() -> None:
