@@ -14,7 +14,7 @@ TOGETHER = 512  # tokens of a stream that go through the model at a time: their 
 
 
 class Decoder:
-    """Reads independent streams of tokens in step, as many tokens of each at a time as there are.
+    """Reads independent streams of tokens in step: a token of each at a time, or several, which takes less time.
 
     The logits are those of the full forward over each stream as one slice: an end-of-document token starts a document
     that sees nothing before it, and so does a stream's first token. A token costs the same wherever it stands, once the
