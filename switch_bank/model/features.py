@@ -27,8 +27,8 @@ class EmaSums(NamedTuple):
 
 
 def documents_of(tokens: Tensor, config: ModelConfig, before: Documents | None = None) -> Documents:
-    """tokens: [B, T] int64; documents begin at `eod_token`. With `before`, of some tokens, these are the next ones of
-    their slices; its position is -1 where a slice begins."""
+    """tokens: [B, T] int64; documents begin at `eod_token`. `before` is of the tokens before these in their slices; its
+    position is -1 where there are none."""
     index = torch.arange(tokens.shape[1], device=tokens.device)
     is_eod = tokens == config.eod_token
     document = is_eod.long().cumsum(dim=1)
