@@ -28,8 +28,7 @@ class Ring:
         if tokens == 1:
             self.keys[:, before % window], self.values[:, before % window] = key[:, 0], value[:, 0]
             return self.keys[:, : self.tokens_read], self.values[:, : self.tokens_read]
-        held = self.keys[:, :before], self.values[:, :before]
-        seen = torch.cat([held[0], key], dim=1), torch.cat([held[1], value], dim=1)
+        seen = torch.cat([self.keys[:, :before], key], dim=1), torch.cat([self.values[:, :before], value], dim=1)
         last = torch.arange(max(0, tokens - window), tokens, device=key.device)
         places = (before + last) % window
         self.keys[:, places], self.values[:, places] = key[:, last], value[:, last]

@@ -52,8 +52,8 @@ def ring_mask(position: Tensor, tokens_read: int, window: int) -> Tensor:
     if tokens == 1:
         age = (tokens_read - torch.arange(min(tokens_read + 1, window), device=device)) % window
         return _to_add(age <= position)[:, None, None]
-    held = torch.arange(min(tokens_read, window), device=device)
-    held = tokens_read - 1 - (tokens_read - 1 - held) % window
+    place = torch.arange(min(tokens_read, window), device=device)
+    held = tokens_read - 1 - (tokens_read - 1 - place) % window  # the token that stands there
     query = torch.arange(tokens_read, tokens_read + tokens, device=device)
     age = query[:, None] - torch.cat([held, query])
     return _to_add((age >= 0) & (age < window) & (age <= position[..., None]))[:, None]
