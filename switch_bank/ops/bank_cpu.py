@@ -1,26 +1,16 @@
 """The bank's feed-forward on a CPU with AVX-512: the kernel of bank_cpu.cpp, compiled once, and its gradients."""
 
-import fcntl
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+from switch_bank.ops import cpu_kernels
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-AVX512 = platform.system() == "Linux" and torch.backends.cpu.get_cpu_capability() == "AVX512" and COMPILER is not None
-# Read once: compiled code may not ask.
-DTYPES = (torch.float32,) * AVX512 + (torch.bfloat16,) * (AVX512 and torch.cpu._is_avx512_bf16_supported())
+DTYPES = (torch.float32,) * cpu_kernels.AVX512 + (torch.bfloat16,) * cpu_kernels.AVX512_BF16
 
 
 class GradientSums:
@@ -103,31 +93,7 @@ class _ExpertFfn(torch.autograd.Function):
 
 @functools.cache
 def _load() -> None:
-    """Compiles the kernel if this version of it lies in no cache yet, some 15 s, and registers its operators."""
-    torch_folder = Path(torch.__file__).parent
-    flags = ["-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-mfma", "-mf16c"]
-    flags += [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq")] + ["-mavx512bf16"] * (torch.bfloat16 in DTYPES)
-    flags += ["-DAT_PARALLEL_OPENMP=1", "-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"]
-    flags += [f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
-    key = hashlib.sha256("\n".join([SOURCE.read_text(), torch.__version__, *flags]).encode()).hexdigest()[:16]
-    library = Path(cache_dir()) / f"bank_cpu_{key}.so"
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with open(library.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes one compiles; a lock dies with its process
-        if not library.exists():
-            print(f"compiling {SOURCE.name}, once, some 15 s", file=sys.stderr)
-            with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-                built = Path(folder) / library.name
-                assert COMPILER is not None
-                command = [COMPILER, str(SOURCE), "-o", str(built), *flags]
-                done = subprocess.run(command, capture_output=True, text=True)
-                if done.returncode:
-                    raise RuntimeError(
-                        f"{COMPILER} does not compile {SOURCE.name}; --model.bank-backend grouped does without it:\n"
-                        f"{done.stderr[-2000:]}"
-                    )
-                os.replace(built, library)
-    torch.ops.load_library(str(library))
+    cpu_kernels.load(SOURCE, instead="--model.bank-backend grouped")
     _register_shapes()
 
 

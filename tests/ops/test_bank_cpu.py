@@ -82,13 +82,3 @@ def test_an_expert_that_is_none_is_refused() -> None:
     problem.experts[3] = 5
     with pytest.raises(RuntimeError, match="expert 5 of 5"):
         problem.solve("avx512")
-
-
-def test_a_kernel_that_does_not_compile_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
-    broken = tmp_path / "bank_cpu.cpp"
-    broken.write_text("int main() { return nothing; }")
-    monkeypatch.setattr(bank_cpu, "SOURCE", broken)
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    with pytest.raises(RuntimeError, match="--model.bank-backend grouped"):
-        bank_cpu._load.__wrapped__()
-    assert not list((tmp_path / "cache").glob("*.so"))

@@ -1,0 +1,49 @@
+"""C++ kernels for CPUs with AVX-512: compiled at their first use on a machine, and kept with torch's compiled code."""
+
+import fcntl
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+# Read once: compiled code may not ask.
+AVX512 = platform.system() == "Linux" and torch.backends.cpu.get_cpu_capability() == "AVX512" and COMPILER is not None
+AVX512_BF16 = AVX512 and torch.cpu._is_avx512_bf16_supported()
+
+
+@functools.cache
+def load(source: Path, instead: str) -> None:
+    """Registers the operators of a C++ file, and compiles it before, in up to 15 s, if this version lies in no cache
+    yet. Raises RuntimeError with the compiler's words, and what does `instead`, if it does not compile."""
+    torch_folder = Path(torch.__file__).parent
+    flags = ["-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
+    flags += [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq")] + ["-mavx512bf16"] * AVX512_BF16
+    flags += ["-DAT_PARALLEL_OPENMP=1", "-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"]
+    flags += [f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
+    key = hashlib.sha256("\n".join([source.read_text(), torch.__version__, *flags]).encode()).hexdigest()[:16]
+    library = Path(cache_dir()) / f"{source.stem}_{key}.so"
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with open(library.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes one compiles; a lock dies with its process
+        if not library.exists():
+            print(f"compiling {source.name}, once, up to 15 s", file=sys.stderr)
+            with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+                built = Path(folder) / library.name
+                assert COMPILER is not None
+                command = [COMPILER, str(source), "-o", str(built), *flags]
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode:
+                    raise RuntimeError(
+                        f"{COMPILER} does not compile {source.name}; {instead} does without it:\n{done.stderr[-2000:]}"
+                    )
+                os.replace(built, library)
+    torch.ops.load_library(str(library))
