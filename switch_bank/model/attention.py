@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from switch_bank.ops import attention_cpu
 from switch_bank.ops.attention import attention
 
 SCALE = 0.12  # of the scores; q and k are normed, so it does not depend on the head's width
@@ -20,14 +21,20 @@ class Ring:
     values: Tensor  # [B, window, H, d]
     tokens_read: int = 0
 
+    def next_place(self) -> int:
+        """Where the next token's key and value are to be written; it counts as read."""
+        self.tokens_read += 1
+        return (self.tokens_read - 1) % self.keys.shape[1]
+
     def read(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Puts the next T tokens' keys and values, [B, T, H, d] each, in the places of those that leave the window.
         Returns what these tokens may see, in the order of `ring_mask`."""
         tokens, window = key.shape[1], self.keys.shape[1]
-        before, self.tokens_read = self.tokens_read, self.tokens_read + tokens
         if tokens == 1:
-            self.keys[:, before % window], self.values[:, before % window] = key[:, 0], value[:, 0]
+            place = self.next_place()
+            self.keys[:, place], self.values[:, place] = key[:, 0], value[:, 0]
             return self.keys[:, : self.tokens_read], self.values[:, : self.tokens_read]
+        before, self.tokens_read = self.tokens_read, self.tokens_read + tokens
         seen = torch.cat([self.keys[:, :before], key], dim=1), torch.cat([self.values[:, :before], value], dim=1)
         last = torch.arange(max(0, tokens - window), tokens, device=key.device)
         places = (before + last) % window
@@ -51,6 +58,11 @@ def self_attention(
     ring, these tokens are the next ones after those that it holds."""
     shape = (*n.shape[:2], -1, n.shape[2] // heads)
     weight = qkvo.to(n.dtype)
+    if ring is not None and backend != "reference" and attention_cpu.takes(n):
+        place = ring.next_place()
+        return attention_cpu.attend_token(
+            n, weight, rotary, value_embedding, mix, mask, ring.keys, ring.values, place, SCALE
+        )
     query, key = rotate(rms_norm(F.linear(n, weight[:2].flatten(0, 1)).view(shape)), rotary).chunk(2, dim=2)
     # A scale a row, so that its gradient is summed by rows: how one sum of all is cut up depends on the threads.
     value = F.linear(n, mix[0].expand(n.shape[2], 1) * weight[2])
