@@ -87,7 +87,12 @@ def _distance(document: Tensor) -> Tensor:
 
 
 def _flex_mask(document: Tensor, window: Tensor | int) -> BlockMask:
-    """The block mask, from what a block's first and last token say: all within the compiled forward, no sync."""
+    """The block mask, from what a block's first and last token say: all within the compiled forward, no sync.
+
+    No block is called full, though most are and would be spared their mask: it takes all queries of a block to know,
+    later ones too, and kernels take full blocks last. A token's sums would be rounded in an order that depends on
+    tokens to come.
+    """
     batch, tokens = document.shape
     if tokens % BLOCK:
         raise ValueError(f"flex attention takes slices of a multiple of {BLOCK} tokens, not {tokens}")
@@ -98,20 +103,10 @@ def _flex_mask(document: Tensor, window: Tensor | int) -> BlockMask:
     first, last = document[:, ::BLOCK], document[:, BLOCK - 1 :: BLOCK]  # [B, blocks]
     blocks = torch.arange(tokens // BLOCK, device=document.device)
     behind = blocks[:, None] - blocks[None, :]  # of query block over key block
-    shares_document = first[:, :, None] <= last[:, None, :]
-    some = (behind >= 0) & (behind * BLOCK - (BLOCK - 1) < window) & shares_document
-    one_document = (first[:, :, None] == last[:, None, :]) & (last[:, :, None] == first[:, None, :])
-    every = (behind > 0) & (behind * BLOCK + BLOCK - 1 < window) & one_document
-    partial = some & ~every
-
-    def ordered(chosen: Tensor) -> tuple[Tensor, Tensor]:
-        return chosen.sum(-1, dtype=torch.int32)[:, None], chosen.int().argsort(
-            dim=-1, descending=True, stable=True
-        ).int()[:, None]
-
-    return BlockMask.from_kv_blocks(
-        *ordered(partial), *ordered(every), BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(tokens, tokens)
-    )
+    seen = (behind >= 0) & (behind * BLOCK - (BLOCK - 1) < window) & (first[:, :, None] <= last[:, None, :])
+    count = seen.sum(-1, dtype=torch.int32)[:, None]
+    seen_first = seen.int().argsort(dim=-1, descending=True, stable=True).int()[:, None]
+    return BlockMask.from_kv_blocks(count, seen_first, BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(tokens, tokens))
 
 
 def _flash_mask(document: Tensor, window: Tensor | int) -> tuple[Tensor, int]:

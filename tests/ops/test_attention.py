@@ -121,22 +121,27 @@ def blocks_of(counts: Tensor, indices: Tensor) -> Tensor:
     seed=st.integers(0, 1000), mean_length=st.sampled_from([20.0, 200.0, 600.0, 10000.0]),
     window=st.sampled_from([1, 2, 64, 127, 128, 129, 255, 256, 257, 300, 384, 385, 511]), as_tensor=st.booleans(),
 )  # fmt: skip
-def test_flex_skips_only_hidden_blocks_and_takes_as_full_only_visible_ones(
-    seed: int, mean_length: float, window: int, as_tensor: bool
-) -> None:
+def test_flex_skips_hidden_blocks_and_no_others(seed: int, mean_length: float, window: int, as_tensor: bool) -> None:
     # The eager form of flex_attention reads mask_mod only; compiled kernels also trust these tables.
     tokens = 4 * BLOCK
     document = random_documents(2, tokens, mean_length, seed)
     mask = build_mask("flex", document, torch.tensor(float(window)) if as_tensor else window)
     distance = torch.arange(tokens)[:, None] - torch.arange(tokens)[None, :]
     seen = (distance >= 0) & (distance < window) & (document[:, :, None] == document[:, None, :])
-    seen_in_block = seen.view(2, 4, BLOCK, 4, BLOCK).sum(dim=(2, 4))
-    partial = blocks_of(mask.kv_num_blocks, mask.kv_indices)
-    full = blocks_of(mask.full_kv_num_blocks, mask.full_kv_indices)
-    assert torch.equal(full, seen_in_block == BLOCK * BLOCK)
-    assert torch.equal(partial, (seen_in_block > 0) & ~full)
-    assert torch.equal(blocks_of(mask.q_num_blocks, mask.q_indices), partial.mT)
-    assert torch.equal(blocks_of(mask.full_q_num_blocks, mask.full_q_indices), full.mT)
+    in_block = seen.view(2, 4, BLOCK, 4, BLOCK).any(dim=4).any(dim=2)
+    assert torch.equal(blocks_of(mask.kv_num_blocks, mask.kv_indices), in_block)
+    assert torch.equal(blocks_of(mask.q_num_blocks, mask.q_indices), in_block.mT)
+
+
+@pytest.mark.parametrize("cut", [2 * BLOCK, 2 * BLOCK + 1, 3 * BLOCK - 1])
+def test_no_later_token_decides_in_which_order_flex_sums_up_what_a_token_sees(cut: int) -> None:
+    tokens, window, index = 4 * BLOCK, 3 * BLOCK, torch.arange(4 * BLOCK)
+    one_document, cut_in_two = (build_mask("flex", (index >= start)[None].long(), window) for start in (tokens, cut))
+    for mask in (one_document, cut_in_two):
+        assert mask.full_kv_num_blocks is None  # kernels would take full blocks after the others
+    for row in range(-(-cut // BLOCK)):  # blocks with a query before the cut
+        walked = [mask.kv_indices[0, 0, row, : mask.kv_num_blocks[0, 0, row]] for mask in (one_document, cut_in_two)]
+        assert torch.equal(*walked) and len(walked[0]) == min(row + 1, 4)
 
 
 def test_flex_refuses_slices_that_are_not_whole_blocks() -> None:
