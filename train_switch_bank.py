@@ -61,9 +61,9 @@ def main(config: Config, world: World) -> None:
         raise ConfigError("model.bank_backend is triton: it must be auto, reference or grouped without a CUDA GPU")
     name = config.preset if config.model.causal else f"{config.preset}-NOT-CAUSAL"
     # torchrun --max-restarts starts all processes anew when one has died: from the last checkpoint, if there is one.
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    folder = Path(distributed.text_from_first(str(run_log.choose_folder(run, name, restarted))))
-    resumes = run.resume or restarted and (folder / "checkpoint.pt").exists()
+    begun = distributed.text_left()  # the folder, if an earlier attempt has begun to write there
+    folder = Path(begun or distributed.text_from_first(str(run_log.choose_folder(run, name))))
+    resumes = run.resume or begun is not None and (folder / "checkpoint.pt").exists()
     saved: dict[str, Any] | None = checkpoint.load(folder / "checkpoint.pt") if resumes else None
     if saved is not None:
         config = resumed(config, from_dict(saved["config"]))
@@ -94,7 +94,9 @@ def main(config: Config, world: World) -> None:
     dist.barrier()  # nobody looks at the folder after the first process has begun to write there
 
     # ---- the log: its own source first, then all that the run is made of -----------------------------------------
-    log = run_log.RunLog(folder, world.rank == 0, mode="a" if saved is not None else "w" if restarted else "x")
+    log = run_log.RunLog(folder, world.rank == 0, mode="a" if saved is not None else "w" if begun else "x")
+    if world.rank == 0:
+        distributed.leave_text(str(folder))
     if saved is not None:
         log.cut_back(saved["log_sizes"])
     else:

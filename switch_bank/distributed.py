@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
 BUCKET = 2**18  # numbers, at least, that are summed over the processes in one call
+LEFT = "left for the next attempt"  # a key of torchrun's store
 PIECE = 2**17  # numbers of which a float64 copy stays in a core's cache
 
 
@@ -48,6 +49,26 @@ def start(timeout_seconds: float = 600) -> World:
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def text_left() -> str | None:
+    """What `leave_text` left in an earlier attempt of the same torchrun, which starts all processes anew when one has
+    died; None in the first one."""
+    store = _store_of_all_attempts()
+    return store.get(LEFT).decode() if store.check([LEFT]) else None
+
+
+def leave_text(text: str) -> None:
+    """Keeps `text` for the processes that torchrun may start in place of these."""
+    _store_of_all_attempts().set(LEFT, text)
+
+
+def _store_of_all_attempts() -> dist.Store:
+    """torchrun's own, without the prefix of an attempt."""
+    store = dist.distributed_c10d._get_default_store()
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    return store
 
 
 @contextmanager

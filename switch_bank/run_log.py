@@ -24,19 +24,20 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = ("log.txt", "metrics.jsonl")  # a checkpoint says how long they were
 
 
-def choose_folder(run: RunConfig, name: str, restarted: bool = False) -> Path:
+def choose_folder(run: RunConfig, name: str) -> Path:
     """The folder of --run.out; by default a new one under runs/, or, to resume, the newest one of that name.
 
-    A run that torchrun has `restarted` goes on in its own folder, the newest one of its name.
     Raises ConfigError where a new run would write over another one, or there is none to resume.
     """
     folder = Path(run.out) if run.out else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if (run.resume or restarted) and not run.out:
-        earlier = sorted(Path("runs").glob(f"{name}-2*/{'checkpoint.pt' if run.resume else 'log.txt'}"))
-        if run.resume and not earlier:
+    if run.resume and not run.out:
+        earlier = sorted(Path("runs").glob(f"{name}-2*/checkpoint.pt"))
+        if not earlier:
             raise ConfigError(f"there is no run of {name} under runs/ to resume: name its folder with --run.out")
-        folder = earlier[-1].parent if earlier else folder
-    if not run.resume and not restarted and os.path.exists(folder / "log.txt"):
+        folder = earlier[-1].parent
+    if not run.resume and os.path.exists(folder / "log.txt"):
+        if not os.path.exists(folder / "checkpoint.pt"):
+            raise ConfigError(f"{folder} holds a run that saved no state: remove it or give another --run.out")
         raise ConfigError(f"{folder} holds a run already: give --run.resume or another --run.out")
     return folder
 

@@ -49,9 +49,11 @@ def environment(out: Path, threads: int = 1) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(threads), "PATH": "/usr/bin:/bin", "HOME": str(out.parent)}
 
 
-def train(arguments: list[str], out: Path, processes: int = 0, threads: int = 1) -> subprocess.CompletedProcess[str]:
+def train(
+    arguments: list[str], out: Path, processes: int = 0, threads: int = 1, restarts: int = 0
+) -> subprocess.CompletedProcess[str]:
     """A finished run, on so many threads a process."""
-    run = command(arguments, out, processes)
+    run = command(arguments, out, processes, restarts)
     return subprocess.run(run, capture_output=True, text=True, env=environment(out, threads), timeout=3600)
 
 

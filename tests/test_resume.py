@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -170,6 +171,18 @@ def test_a_process_that_dies_before_the_first_checkpoint_makes_the_run_begin_ane
     assert run.returncode == 0, errors
     assert "resumed 0 times" in (out / "log.txt").read_text().splitlines()[-1]
     assert_bit_identical(out, finished)
+
+
+@pytest.mark.parametrize("saved", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_run_that_torchrun_starts_again_leaves_the_run_of_somebody_else_alone(finished, shards, tmp_path, saved):
+    out = tmp_path / "of somebody else"
+    shutil.copytree(finished[0], out)
+    if not saved:
+        (out / "checkpoint.pt").unlink()
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    result = train([*tiny(shards), "--run.steps", "3"], out, processes=2, restarts=1)
+    assert result.returncode == 1 and result.stderr.count(f"error: {out} holds a run") >= 2
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
 
 
 @pytest.mark.slow
