@@ -40,8 +40,9 @@ from switch_bank.routing_metrics import RoutingMetrics
 from switch_bank.validation import least_share, validate
 
 
-class NonFiniteError(ArithmeticError):
-    """The loss, a gradient or a parameter is inf or NaN; the message names the step, the parts and the saved state."""
+class VoidError(ArithmeticError):
+    """The loss, a gradient or a parameter is inf or NaN, or processes hold other weights: the message names the step,
+    and the parts and the saved state."""
 
 
 class Stopped(Exception):
@@ -157,13 +158,30 @@ def main(config: Config, world: World) -> None:
             model.routers.update_balance_bias(routing.counts, model.routers.active(states[step]))
         return loss, routing
 
-    def stop_non_finite(step: int, loss: Tensor) -> None:
-        candidates = [("the loss", loss), *model.named_parameters()]
+    def stop_non_finite(step: int, loss: Tensor | None = None) -> None:
+        candidates = [] if loss is None else [("the loss", loss)]
+        candidates += model.named_parameters()
         candidates += [(f"the gradient of {n}", p.grad) for n, p in model.named_parameters() if p.grad is not None]
         parts = ", ".join(part for part, value in candidates if not bool(torch.isfinite(value).all()))
+        saved = f"the state is saved in {folder / 'nonfinite.pt'}"
         if world.rank == 0:
-            checkpoint.save(folder / "nonfinite.pt", run_state(step))
-        raise NonFiniteError(f"step {step}: not finite: {parts}; the state is saved in {folder / 'nonfinite.pt'}")
+            try:
+                checkpoint.save(folder / "nonfinite.pt", run_state(step))
+            except OSError as error:  # a full disk must not hide what has happened
+                saved = str(error)
+        raise VoidError(f"step {step}: not finite: {parts}; {saved}")
+
+    def require_sound(step: int) -> None:
+        """Before weights are saved or validated: they are all processes' the same, and finite."""
+        if not distributed.same_weights(model):
+            raise VoidError(f"step {step}: the weights differ between the processes; this run is void")
+        if not bool(torch.stack([torch.isfinite(parameter).all() for parameter in model.parameters()]).all()):
+            stop_non_finite(step)
+
+    def save(step: int) -> None:
+        require_sound(step)
+        if world.rank == 0:
+            checkpoints.save(folder / "checkpoint.pt", run_state(step))
 
     def run_state(step: int) -> dict[str, Any]:
         """All that the future of the run depends on, before `step` is taken."""
@@ -265,16 +283,20 @@ def main(config: Config, world: World) -> None:
         clock.start()
         for step in range(first_step, steps + 1):
             seconds, stop = distributed.agreed(clock.seconds, asked_to_stop[0], world)
+            due = run.checkpoint_every and step % run.checkpoint_every == 0 and first_step < step < steps
+            if due or stop:  # before the validation of the step, so that a resumed run has it once
+                save(step)
             if stop:
-                clock.stop()
-                if world.rank == 0:
-                    checkpoints.save(folder / "checkpoint.pt", run_state(step))
-                    checkpoints.wait()
+                checkpoints.wait()
                 dist.barrier()  # a process that ended sooner would break the connections of the one that saves
                 where = f"stopped by {signal.Signals(stop).name} before step {step} of {steps}, which is saved"
                 raise Stopped(f"{where}: go on with the same command and --run.resume --run.out {folder}", stop)
             if step in run.val_at_steps or step == steps or readings and seconds >= readings[0]:
                 clock.stop()
+                if step == steps:
+                    save(step)
+                else:
+                    require_sound(step)
                 seconds = distributed.from_first(clock.seconds, world)
                 readings = [at for at in readings if at > seconds]
                 model.eval()
@@ -290,12 +312,7 @@ def main(config: Config, world: World) -> None:
                     log.metrics("routing", routes)
                     parts = ", ".join(f"{part} {value:.2f}" for part, value in routes["health_parts"].items())
                     log.line(f"router health {routes['health']:.2f} at step {step}: {parts}")
-                if not distributed.same_weights(model):
-                    raise RuntimeError(f"step {step}: the weights differ between the processes; this run is void")
                 clock.start()
-            due = run.checkpoint_every and step % run.checkpoint_every == 0 and first_step < step < steps
-            if due and world.rank == 0:
-                checkpoints.save(folder / "checkpoint.pt", run_state(step))
             if step == steps:
                 break
 
@@ -339,9 +356,7 @@ def main(config: Config, world: World) -> None:
 
     # ---- the result ----------------------------------------------------------------------------------------------
     clock.stop()
-    if world.rank == 0:
-        checkpoints.save(folder / "checkpoint.pt", run_state(steps))
-        checkpoints.wait()
+    checkpoints.wait()
     if device.type == "cuda":
         log.line(f"peak memory: {torch.cuda.max_memory_allocated() // 2**20} MiB")
     log.line(f"graphs compiled before step 0: {graphs_before}, after it: {compiled_graphs() - graphs_before}")
@@ -391,7 +406,7 @@ if __name__ == "__main__":
         message, exit_code = "", 0
     except (ConfigError, DataError, checkpoint.CheckpointError) as error:
         message, exit_code = f"error: {error}", 2
-    except (NonFiniteError, distributed.PeerError, OSError) as error:
+    except (VoidError, distributed.PeerError, OSError) as error:
         message, exit_code = f"error: {error}", 1
     except Stopped as stopped:
         message, exit_code = str(stopped), stopped.exit_code

@@ -84,6 +84,16 @@ def test_a_disk_that_is_full_when_a_line_of_the_log_is_written(options: list[str
     assert_goes_on_to_the_same_end(options, at_40, finished[0])
 
 
+@pytest.mark.slow
+def test_a_full_disk_does_not_hide_that_a_number_is_not_finite(options: list[str], at_40: Path) -> None:
+    state = load(at_40 / "checkpoint.pt")
+    state["model"]["attention.0"][0, 3, 5] = torch.nan
+    save(at_40 / "checkpoint.pt", state)
+    result = train_with_limit([*options, "--run.resume"], at_40, state["log_sizes"]["log.txt"] + 30_000)
+    assert result.returncode == 1
+    assert_one_line(result.stderr, "step 40: not finite: the loss, ", f"{at_40 / 'nonfinite.pt'} cannot be written, ")
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of one MiB of its own."""

@@ -121,6 +121,20 @@ def test_a_number_that_is_not_finite_stops_the_run_with_its_step_its_parts_and_a
     assert load(tmp_path / "blown" / "nonfinite.pt")["step"] == 40
 
 
+def test_weights_that_are_not_finite_are_neither_validated_nor_saved(finished, shards, tmp_path):
+    out = tmp_path / "blown at the end"
+    shutil.copytree(finished[0], out)
+    state = load(out / "checkpoint.pt")
+    state["model"]["attention.0"][0, 3, 5] = math.inf
+    save(out / "checkpoint.pt", state)
+    before = (out / "checkpoint.pt").read_bytes()
+    result = train([*tiny(shards), "--run.steps", "50", "--run.resume"], out)
+    assert result.returncode == 1
+    assert result.stderr == f"error: step 50: not finite: attention.0; the state is saved in {out / 'nonfinite.pt'}\n"
+    assert (out / "checkpoint.pt").read_bytes() == before
+    assert [record["step"] for record in records(out, "val")] == [10, 25]
+
+
 def test_a_run_that_crosses_every_change_compiles_nothing_after_the_warm_up(shards, tmp_path):
     """60 steps with experts starting, noise on and off, every window, rates, cap, freezing and pruning; validation."""
     options = [option for option in tiny(shards) if option != "--run.no-compile"]
