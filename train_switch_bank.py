@@ -12,7 +12,7 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,11 @@ def main(config: Config, world: World) -> None:
         return validation_batches(val_shards, *shape, world.rank, world.size, config.model.eod_token, device)
 
     val_batches()  # raises here if the split is too short
+    shards = train_shards.summary() + val_shards.summary()
+    content = [[tokens, sha256] for _, tokens, sha256 in shards]
+    if saved is not None and saved["data"] != content:
+        other = [path for path, *own in shards if own not in saved["data"]] or ["the list of shards"]
+        raise DataError(f"{other[0]} is another than the run began with: put the old one back, or start a new run")
     if length_is_fixed and not data.repeat:
         stream.check_length(config.schedule.steps)
     dist.barrier()  # nobody looks at the folder after the first process has begun to write there
@@ -99,11 +104,11 @@ def main(config: Config, world: World) -> None:
     if world.rank == 0:
         distributed.leave_text(str(folder))
     if saved is not None:
-        log.cut_back(saved["log_sizes"])
+        log.require_whole(saved["log_sizes"])
     else:
         log.line(f"{run_log.source()}\n===== run\nname: {name}", console=False)
     log.line(f"{run_log.source_checksums()}\n{run_log.environment(device, world.size)}", console=False)
-    for path, tokens, sha256 in train_shards.summary() + val_shards.summary():
+    for path, tokens, sha256 in shards:
         log.line(f"data {path} tokens {tokens} sha256 {sha256}", console=False)
 
     # ---- model and optimizers ------------------------------------------------------------------------------------
@@ -189,7 +194,7 @@ def main(config: Config, world: World) -> None:
             "config": dataclasses.asdict(config), "step": step, "seconds": clock.seconds, "log_sizes": log.sizes(),
             "model": model.state_dict(), "muon": muon.state_dict(), "adam": adam.state_dict(),
             "clip": clip.state_dict(), "picks": picks, "readings": readings, "times_resumed": times_resumed,
-            "loads": routing_metrics.loads,
+            "loads": routing_metrics.loads, "data": content,
         }  # fmt: skip
 
     def load_state(state: dict[str, Any]) -> None:
@@ -237,6 +242,9 @@ def main(config: Config, world: World) -> None:
         own = run_state(0)
         for part in ("model", "muon", "adam", "clip", "picks"):
             checkpoint.require_like(saved[part], own[part], part)
+        own_loads = {"train": picks, "val": picks.double()}
+        for split, load in saved["loads"].items():
+            checkpoint.require_like(load, own_loads.get(split), f"loads.{split}")
     load_state(fresh)
     steps = config.schedule.steps
 
@@ -255,8 +263,10 @@ def main(config: Config, world: World) -> None:
     first_step = 0
     if saved is not None:
         load_state(saved)
-        first_step, readings, times_resumed = saved["step"], saved["readings"], saved["times_resumed"] + 1
+        first_step, times_resumed = saved["step"], saved["times_resumed"] + 1
+        readings = [at for at in readings if at in saved["readings"] or at > saved["seconds"]]
         clock, routing_metrics.loads = TrainingClock(device, saved["seconds"]), saved["loads"]
+        log.cut_back(saved["log_sizes"])
         log.line(f"resumed at step {first_step}, resume number {times_resumed}")
     elif world.rank == 0:
         run_log.write_config(folder, config)
@@ -264,15 +274,14 @@ def main(config: Config, world: World) -> None:
     log.track(config)
     log.line(f"{steps} steps of {stream.step_tokens} tokens, {stream.steps_in_one_epoch} an epoch, seed {run.seed}")
     graphs_before = compiled_graphs()
-    checkpoints = checkpoint.Writer()
+    checkpoints = checkpoint.Writer(before=log.sync)
     asked_to_stop = [0]  # the number of the signal
 
     def ask_to_stop(number: int, frame: Any) -> None:
         asked_to_stop[0] = number
         signal.signal(number, signal.SIG_DFL)  # asked twice, it stops at once
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, ask_to_stop)
+    on_stop_signals(ask_to_stop)
     in_flight: deque[torch.cuda.Event] = deque()
     profiler = torch.profiler.profile(
         schedule=torch.profiler.schedule(skip_first=10, wait=0, warmup=1, active=3, repeat=1),
@@ -380,6 +389,17 @@ def main(config: Config, world: World) -> None:
         write_own_report(folder, config, model.uncompiled())
 
 
+def on_stop_signals(handler: Callable[[int, Any], None]) -> None:
+    """Has `handler` called at what asks a run to stop, but for what this process was told to ignore, as by nohup."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt(number)
+
+
 def experts_start(config: Config, step: int) -> bool:
     """Whether experts are switched on at `step`."""
     schedule, experts = config.schedule, config.model.experts
@@ -398,6 +418,7 @@ def largest_divisor(number: int, limit: int) -> int:
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # no name of a folder ends a run
+    on_stop_signals(interrupt)
     try:
         arguments = parse(sys.argv[1:], default_preset="record" if torch.cuda.is_available() else "nano").check()
         world = distributed.start(arguments.run.timeout_seconds)
@@ -410,8 +431,8 @@ if __name__ == "__main__":
         message, exit_code = f"error: {error}", 1
     except Stopped as stopped:
         message, exit_code = str(stopped), stopped.exit_code
-    except KeyboardInterrupt:
-        message, exit_code = "stopped before step 0: nothing to save", 128 + signal.SIGINT
+    except KeyboardInterrupt as interrupted:
+        message, exit_code = "stopped before its first step: nothing new to save", 128 + interrupted.args[0]
     print(message, file=sys.stderr, end="\n" if message else "")
     if dist.is_initialized():
         dist.destroy_process_group()

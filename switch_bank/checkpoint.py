@@ -2,11 +2,13 @@
 
 import hashlib
 import io
+import math
 import os
 import pickletools
 import re
 import warnings
 import zipfile
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,7 +19,7 @@ MAGIC = b"switchbank checkpoint 1\n"
 TENSORS_NEED = re.compile(r"torch \w+Storage|torch\._utils _rebuild_tensor_v2|collections OrderedDict")
 PARTS = {
     "config": dict, "step": int, "seconds": float, "log_sizes": dict, "model": dict, "muon": dict, "adam": dict,
-    "clip": dict, "picks": torch.Tensor, "readings": list, "times_resumed": int, "loads": dict,
+    "clip": dict, "picks": torch.Tensor, "readings": list, "times_resumed": int, "loads": dict, "data": list,
 }  # fmt: skip
 
 
@@ -31,19 +33,29 @@ def save(path: Path, state: dict[str, Any]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
         _write(temporary, state)
+        if path.exists():
+            _keep(path, path.with_name(path.name + ".previous"))
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)  # whose names, too, must outlast a loss of power
+        os.fsync(folder)
+        os.close(folder)
     except BaseException as error:
         temporary.unlink(missing_ok=True)  # a full disk gets its room back
         if isinstance(error, OSError):
             reason = f"{path} cannot be written, {error.strerror}: what was saved before it stays"
             raise OSError(f"{reason}; mend that and go on with --run.resume") from error
         raise
-    if path.exists():
-        # A second name for the old file first: `path` is there at any moment.
-        second_name = path.with_name(path.name + ".keep")
-        second_name.unlink(missing_ok=True)
+
+
+def _keep(path: Path, previous: Path) -> None:
+    """Gives the file the name `previous`, and a second name first, so that `path` is there at any moment."""
+    second_name = path.with_name(path.name + ".keep")
+    second_name.unlink(missing_ok=True)
+    try:
         os.link(path, second_name)
-        os.replace(second_name, path.with_name(path.name + ".previous"))
-    os.replace(temporary, path)
+    except OSError:  # not every file system gives a file two names
+        second_name = path
+    os.replace(second_name, previous)
 
 
 def _write(path: Path, state: dict[str, Any]) -> None:
@@ -80,16 +92,24 @@ class _Hashing:
 
 
 class Writer:
-    """Saves in the background: the caller waits for the copy to host memory, and for an earlier save, no more."""
+    """Saves in the background: the caller waits for the copy to host memory, and for an earlier save, no more.
 
-    def __init__(self) -> None:
+    before: is called in the background before each save.
+    """
+
+    def __init__(self, before: Callable[[], None]) -> None:
+        self._before = before
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
 
     def save(self, path: Path, state: dict[str, Any]) -> None:
         """Begins to save `state` as it is now; raises what went wrong with the one before."""
         self.wait()
-        self._pending = self._thread.submit(save, path, copy_to_host(state))
+        self._pending = self._thread.submit(self._save, path, copy_to_host(state))
+
+    def _save(self, path: Path, state: dict[str, Any]) -> None:
+        self._before()
+        save(path, state)
 
     def wait(self) -> None:
         """Until nothing is being saved; raises what went wrong."""
@@ -132,8 +152,8 @@ def load(path: Path) -> dict[str, Any]:
     for part, kind in PARTS.items():
         if not isinstance(state, dict) or not isinstance(state.get(part), kind):
             raise CheckpointError(f"{path} is not the state of a run, it lacks {part!r}: {advice}")
-    if not all(isinstance(at, int | float) for at in state["readings"]):
-        raise CheckpointError(f"{path} is not the state of a run, its 'readings' are no numbers: {advice}")
+    if not all(isinstance(at, int | float) and 0 <= at < math.inf for at in [state["seconds"], *state["readings"]]):
+        raise CheckpointError(f"{path} is not the state of a run, its 'seconds' or 'readings' are none: {advice}")
     return state
 
 

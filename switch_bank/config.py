@@ -358,9 +358,13 @@ def parse(arguments: list[str], default_preset: str, program: str = "train_switc
 def resumed(given: Config, saved: Config) -> Config:
     """The configuration of a saved run, in the length fixed then, with the run options given now.
 
-    Raises ConfigError if the command line asks for another model, schedule, optimizer or data than the saved one.
+    Raises ConfigError if the command line asks for another model, schedule, optimizer, data, seed or number of steps.
     """
     asked = given.with_steps(saved.schedule.steps)
+    if given.run.seed != saved.run.seed:
+        raise ConfigError(f"run.seed is {given.run.seed} now and was {saved.run.seed} in the run to resume")
+    if given.run.steps not in (None, saved.schedule.steps):
+        raise ConfigError(f"run.steps is {given.run.steps} now and was {saved.schedule.steps} in the run to resume")
     for group in ("model", "schedule", "optim", "data"):
         then, now = dataclasses.asdict(getattr(saved, group)), dataclasses.asdict(getattr(asked, group))
         for option, value in then.items():

@@ -32,7 +32,8 @@ class PeerError(RuntimeError):
 def start(timeout_seconds: float = 600) -> World:
     """Joins the process group that torchrun's environment describes, or forms one of a single process.
 
-    A collective that waits longer than `timeout_seconds` for a peer raises RuntimeError.
+    A collective that waits longer than `timeout_seconds` for a peer raises RuntimeError, and PeerError if they do not
+    all join in that time.
     """
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
@@ -42,10 +43,13 @@ def start(timeout_seconds: float = 600) -> World:
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
     if "RANK" in os.environ:
-        store, rank, size = next(rendezvous("env://", timeout=timeout))
-        # torchrun may keep the store over a restart; without a prefix, processes read the addresses of dead ones.
-        attempt = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=timeout)
+        try:
+            store, rank, size = next(rendezvous("env://", timeout=timeout))
+            # torchrun may keep the store over a restart; without a prefix, processes read the addresses of dead ones.
+            attempt = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=timeout)
+        except dist.DistError as error:
+            raise PeerError(f"the processes did not all join: {str(error).splitlines()[0]}") from error
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     return World(dist.get_rank(), dist.get_world_size(), device)
@@ -74,7 +78,8 @@ def _store_of_all_attempts() -> dist.Store:
 @contextmanager
 def naming_silent_peers(world: World, patience_seconds: float = 5) -> Iterator[None]:
     """Turns the failure of a collective within the block into a PeerError that names the processes that are stuck or
-    gone: those that do not also report a failure within `patience_seconds`."""
+    gone: those that do not also report a failure within `patience_seconds`, or, if all do, those that the others had
+    given up before they answered."""
     try:
         yield
     except RuntimeError as error:
@@ -82,17 +87,24 @@ def naming_silent_peers(world: World, patience_seconds: float = 5) -> Iterator[N
         if not any("distributed_c10d" in frame.filename or frame.name == wait_for.__name__ for frame in frames):
             raise
         store = dist.distributed_c10d._get_default_store()  # outlives the group's broken connections
-        store.set(f"gave up/{world.rank}", "")
+        reason = str(error).splitlines()[0]
+        store.set(f"gave up/{world.rank}", reason)
         silent = set(range(world.size)) - {world.rank}
         deadline = time.monotonic() + patience_seconds
         while silent and time.monotonic() < deadline:
             silent -= {rank for rank in silent if store.check([f"gave up/{rank}"])}
             time.sleep(0.05)
-        if not silent:
+        waited = {
+            rank for rank in range(world.size) if rank not in silent and b"imed out" in store.get(f"gave up/{rank}")
+        }
+        late = silent or set(range(world.size)) - waited
+        if len(late) == world.size:
             raise
-        ranks = ", ".join(map(str, sorted(silent)))
-        reason = str(error).splitlines()[0]
-        raise PeerError(f"no answer from rank {ranks}: hung, killed, or ended by its own error ({reason})") from error
+        ranks, what = (
+            ", ".join(map(str, sorted(late))),
+            "hung, killed, or ended by its own error" if silent else "too late",
+        )
+        raise PeerError(f"no answer from rank {ranks}: {what} ({reason})") from error
 
 
 def flat_gradients(parameters: Iterable[nn.Parameter]) -> Tensor:

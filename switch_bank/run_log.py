@@ -45,14 +45,16 @@ def choose_folder(run: RunConfig, name: str) -> Path:
 class RunLog:
     """Writes on the first process and is silent on all others. Every line is in the file before the call returns.
 
-    mode: "x" begins a new log, "a" goes on with one, "w" begins one anew. Raises ConfigError where the folder cannot be
-    written, holds a run already or is being written by another one; writing raises OSError that names the file.
+    mode: "x" begins a new log, "w" begins one anew, "a" goes on with one, and leaves it as it is until `cut_back`.
+    Raises ConfigError where the folder cannot be written, holds a run already or is being written by another one;
+    writing raises OSError that names the file.
     """
 
     def __init__(self, folder: Path, is_first: bool, mode: Literal["x", "a", "w"] = "x") -> None:
         self.folder, self.is_first = folder, is_first
         self.terminal = is_first and sys.stdout.isatty()
         self._send: Callable[[str, dict[str, Any]], None] | None = None
+        self._held: list[str] | None = [] if mode == "a" else None  # lines that wait for `cut_back`
         self._files = _open_alone(folder, "xb" if mode == "x" else "ab") if is_first else {}
         if mode == "w":
             self.cut_back(dict.fromkeys(FILES, 0))
@@ -61,7 +63,10 @@ class RunLog:
         """A line, or several, of log.txt, and of the terminal too unless `console` is off."""
         if not self.is_first:
             return
-        _write(self._files["log.txt"], text)
+        if self._held is not None:
+            self._held.append(text)
+        else:
+            _write(self._files["log.txt"], text)
         if console:
             self._print(("\r\033[K" if self.terminal else "") + text + "\n")
 
@@ -92,18 +97,28 @@ class RunLog:
         """Bytes written so far to each file: where a resumed run cuts them back to."""
         return {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
 
-    def cut_back(self, sizes: dict[str, Any]) -> None:
-        """Truncates the files to the sizes of a checkpoint, so that log and metrics are one record.
+    def sync(self) -> None:
+        """Waits until all that was written would outlast a loss of power."""
+        for file in self._files.values():
+            os.fsync(file.fileno())
 
-        Raises ConfigError, and changes nothing, if a file is shorter than it was then.
-        """
+    def require_whole(self, sizes: dict[str, Any]) -> None:
+        """Raises ConfigError if a file is shorter than it was at the checkpoint that says `sizes`."""
         for name, found in self.sizes().items():
             size = sizes.get(name)
             if type(size) is not int or not 0 <= size <= found:
-                was = f"{self.folder / name} has {found} bytes and had {size} at the checkpoint"
-                raise ConfigError(f"{was}: it is not whole; start a new run")
+                was = f"{self.folder / name} has {found} bytes and had {size} at the checkpoint: it is not whole"
+                raise ConfigError(f"{was}; rename checkpoint.pt.previous to checkpoint.pt, or start a new run")
+
+    def cut_back(self, sizes: dict[str, Any]) -> None:
+        """Truncates the files to the sizes of a checkpoint, so that log and metrics are one record, and writes what was
+        held. Raises ConfigError, and changes nothing, where `require_whole` does."""
+        self.require_whole(sizes)
         for name, file in self._files.items():
             file.truncate(sizes[name])
+        held, self._held = self._held or [], None
+        for text in held:
+            self.line(text, console=False)
 
 
 def _open_alone(folder: Path, mode: str) -> dict[str, FileIO]:

@@ -24,7 +24,7 @@ def state_of(step: int = 7) -> dict[str, Any]:
     return {
         "step": step, "seconds": 0.1 + 0.2, "name": "nano äöü", "nothing": None, "flag": True,
         "readings": [60.0, 120.0], "times_resumed": 2, "log_sizes": {"log.txt": 5}, "clip": {"norms": weights[1]},
-        "picks": weights, "muon": {"state": {}}, "loads": {}, "adam": {"groups": [{"lr": 0.1}]},
+        "picks": weights, "muon": {"state": {}}, "loads": {}, "data": [[5, "f0"]], "adam": {"groups": [{"lr": 0.1}]},
         "model": {"weights": weights, "half": weights.bfloat16(), "pruned": weights[0] > 0, "scalar": torch.tensor(3)},
         "optimizer": {"state": {0: {"momentum": weights.T}}, "groups": [{"lr": 0.1, "betas": (0.8, 0.95)}]},
         "config": {"activation": [[0, 0.125], [75, 1.0]]},
@@ -79,6 +79,16 @@ def test_the_one_before_is_kept_beside_it(path: Path) -> None:
         assert load(path)["step"] == step
         assert load(previous)["step"] == step - 1 if step else not previous.exists()
     assert {file.name for file in path.parent.iterdir()} == {path.name, previous.name}
+
+
+def test_the_one_before_is_kept_where_a_file_can_have_one_name_only(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(source: Path, target: Path) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    test_the_one_before_is_kept_beside_it(path)
 
 
 def test_a_save_that_was_killed_leaves_the_state_before_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

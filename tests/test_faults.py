@@ -228,6 +228,7 @@ def test_a_checkpoint_that_does_not_fit_the_run(options: list[str], at_40: Path)
     log = (at_40 / "log.txt").read_bytes()
     misfits = {
         "its model.head is another": {"model": good["model"] | {"head": head[:-1].clone()}},
+        "its loads.train is another": {"loads": {"train": torch.zeros(3)}},
         "is of no step of the run": {"step": 51},
         "it is not whole": {"log_sizes": {"../other.txt": 0, "log.txt": 10**9, "metrics.jsonl": 0}},
     }
@@ -237,7 +238,21 @@ def test_a_checkpoint_that_does_not_fit_the_run(options: list[str], at_40: Path)
         assert result.returncode == 2
         assert_one_line(result.stderr, message, "start a new run")
     assert other.read_text() == "of somebody else"
-    assert (at_40 / "log.txt").read_bytes()[: good["log_sizes"]["log.txt"]] == log[: good["log_sizes"]["log.txt"]]
+    assert (at_40 / "log.txt").read_bytes() == log
+
+
+def test_a_run_does_not_go_on_with_other_data(options: list[str], shards: Path, at_40: Path, finished) -> None:
+    file = sorted(shards.glob("train_*.bin"))[1]
+    good, log = file.read_bytes(), (at_40 / "log.txt").read_bytes()
+    try:
+        file.write_bytes(good[:-4] + good[-2:] + good[-4:-2])
+        result = train([*options, "--run.resume"], at_40)
+    finally:
+        file.write_bytes(good)
+    assert result.returncode == 2
+    assert_one_line(result.stderr, f"{file} is another than the run began with: put the old one back")
+    assert (at_40 / "log.txt").read_bytes() == log
+    assert_goes_on_to_the_same_end(options, at_40, finished[0])
 
 
 def test_the_table_of_faults_names_tests_that_exist() -> None:

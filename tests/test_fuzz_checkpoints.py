@@ -43,7 +43,7 @@ def state() -> dict[str, Any]:
         "config": dataclasses.asdict(presets["nano"]), "step": 7, "seconds": 1.5, "readings": [60.0],
         "times_resumed": 0, "log_sizes": {"log.txt": 5, "metrics.jsonl": 0}, "muon": {},
         "model": torch.nn.Linear(2, 3).state_dict(), "adam": adam.state_dict(), "clip": {"norms": torch.ones(2)},
-        "picks": torch.ones(2, 3).bfloat16(), "loads": {},
+        "picks": torch.ones(2, 3).bfloat16(), "loads": {}, "data": [],
     }  # fmt: skip
 
 

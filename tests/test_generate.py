@@ -165,7 +165,7 @@ def test_a_runs_folder_does_as_well(
 ) -> None:
     state = {"config": dataclasses.asdict(config), "model": model.state_dict(), "step": STEP, "seconds": 1.0}
     state |= {part: {} for part in ("log_sizes", "muon", "adam", "clip", "loads")}
-    state |= {"picks": torch.zeros(3, 4), "readings": [], "times_resumed": 0}
+    state |= {"picks": torch.zeros(3, 4), "readings": [], "times_resumed": 0, "data": []}
     checkpoint.save(tmp_path / "checkpoint.pt", state)
     TOKENIZER.save(str(tmp_path / "tokenizer.json"))
     options = ("--prompt", PROMPT, "--tokens", 20)

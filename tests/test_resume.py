@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,10 @@ def test_killed_again_and_again_also_while_a_checkpoint_is_written(finished, sha
     assert_bit_identical(out, finished)
 
 
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "exit_code"),
+    [(signal.SIGTERM, 143), (signal.SIGINT, 130), pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow)],
+)
 def test_asked_to_stop_it_finishes_the_step_saves_and_says_how_to_go_on(finished, shards, tmp_path, number, exit_code):
     options, out = [*tiny(shards), *FIFTY], tmp_path / "stopped"
     with running(options, out, until="step:20/") as run:
@@ -91,6 +95,29 @@ def test_asked_to_stop_it_finishes_the_step_saves_and_says_how_to_go_on(finished
     assert 20 <= step < 50
     assert train([*options, "--run.resume"], out).returncode == 0
     assert_bit_identical(out, finished)
+
+
+def test_asked_to_stop_before_its_first_step_it_says_so(shards, tmp_path):
+    with running([*tiny(shards), *FIFTY], tmp_path / "stopped", until="compiled before step 0") as run:
+        run.terminate()
+        errors = run.communicate()[1]
+    assert run.returncode == 143 and errors == "stopped before its first step: nothing new to save\n"
+
+
+def test_a_resumed_run_makes_the_validations_it_is_asked_for_now_and_no_other_steps(finished, shards, tmp_path):
+    out = tmp_path / "resumed"
+    shutil.copytree(finished[0], out)
+    (out / "checkpoint.pt.previous").rename(out / "checkpoint.pt")
+    for option, value, was in (("steps", "60", 50), ("seed", "1", 0)):
+        result = train([*tiny(shards), f"--run.{option}", value, "--run.resume"], out)
+        assert result.returncode == 2
+        assert f"error: run.{option} is {value} now and was {was} in the run to resume" in result.stderr
+    soon = str(load(out / "checkpoint.pt")["seconds"] + 1e-3)
+    result = train([*tiny(shards), *FIFTY, "--run.val-at-seconds", "1e-3", soon, "1e6", "--run.resume"], out)
+    assert result.returncode == 0, result.stderr
+    steps = [record["step"] for record in records(out, "val")]
+    assert steps[:2] == [10, 25] and 40 < steps[2] < 50 and steps[3:] == [50]
+    assert losses(out) == losses(finished[0])
 
 
 @pytest.mark.parametrize(
@@ -195,6 +222,29 @@ def test_a_hung_process_ends_the_run_within_the_timeout_and_is_named(shards, tmp
         errors = run.communicate(timeout=120)[1]  # torchrun gives the hung one 30 s to end by itself
     assert run.returncode == 1
     assert "error: no answer from rank 1" in errors
+
+
+@pytest.mark.slow
+def test_a_process_that_answers_after_the_timeout_ends_the_run_too_and_is_named(shards, tmp_path):
+    options = [*tiny(shards), *FIFTY, "--run.timeout-seconds", "5"]
+    with running(options, tmp_path / "late", until="step:25/", processes=2) as run:
+        late = process_of_rank(run, 1)
+        os.kill(late, signal.SIGSTOP)
+        time.sleep(7)
+        os.kill(late, signal.SIGCONT)
+        errors = run.communicate(timeout=120)[1]
+    assert run.returncode == 1
+    assert "error: no answer from rank 1: too late" in errors
+
+
+def test_a_process_that_the_others_do_not_join_ends_within_the_timeout(shards, tmp_path):
+    alone = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    run = command([*tiny(shards), "--run.timeout-seconds", "1"], tmp_path / "alone")
+    environment_alone = environment(tmp_path / "alone") | alone
+    result = subprocess.run(run, capture_output=True, text=True, env=environment_alone, timeout=120)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("error: the processes did not all join: ")
+    assert "Traceback" not in result.stderr
 
 
 def with_a_weight_of_its_own(world: World, arguments: list[str]) -> str:

@@ -101,13 +101,16 @@ def test_a_resumed_run_cuts_back_to_its_checkpoint_and_goes_on(tmp_path: Path) -
         "metrics.jsonl": 2 * len('{"kind": "train", "step": 0}\n'),
     }
     del log  # its process ends
-    again = run_log.RunLog(tmp_path, is_first=True, mode="a")
+    again, before = run_log.RunLog(tmp_path, is_first=True, mode="a"), (tmp_path / "log.txt").read_bytes()
+    again.line("resumed")  # which may be refused still
+    assert (tmp_path / "log.txt").read_bytes() == before
     again.cut_back(sizes)
-    assert again.sizes() == sizes
+    assert again.sizes() == sizes | {"log.txt": sizes["log.txt"] + len("resumed\n")}
     for step in range(2, 4):
         again.line(f"step {step} äöü")
         again.metrics("train", {"step": step})
-    assert (tmp_path / "log.txt").read_text(encoding="utf-8").splitlines() == [f"step {step} äöü" for step in range(4)]
+    steps = [f"step {step} äöü" for step in range(4)]
+    assert (tmp_path / "log.txt").read_text(encoding="utf-8").splitlines() == [*steps[:2], "resumed", *steps[2:]]
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [0, 1, 2, 3]
 
@@ -128,7 +131,9 @@ def test_a_log_that_does_not_reach_to_the_checkpoint_is_refused_and_stays_as_it_
     log.line("one\ntwo")
     log.metrics("train", {"step": 1})
     before = log.sizes()
-    with pytest.raises(ConfigError, match=r"bytes and had .* at the checkpoint: it is not whole; start a new run"):
+    with pytest.raises(
+        ConfigError, match=r"bytes and had .* at the checkpoint: it is not whole; rename checkpoint.pt.previous"
+    ):
         log.cut_back(sizes)
     assert log.sizes() == before and other.read_text() == "of somebody else"
 
@@ -150,7 +155,9 @@ def test_a_log_that_a_run_is_writing_is_refused_and_stays_as_it_is(tmp_path: Pat
         run_log.RunLog(tmp_path, is_first=True, mode=mode)
     assert (tmp_path / "log.txt").read_text() == "the first run\n"
     del log
-    run_log.RunLog(tmp_path, is_first=True, mode="a").line("goes on")
+    again = run_log.RunLog(tmp_path, is_first=True, mode="a")
+    again.cut_back(again.sizes())
+    again.line("goes on")
     assert (tmp_path / "log.txt").read_text() == "the first run\ngoes on\n"
 
 

@@ -57,7 +57,7 @@ def run_of(
         state = {
             "config": dataclasses.asdict(config), "step": STEPS, "seconds": 4.0, "log_sizes": {},
             "model": model.state_dict(), "muon": {}, "adam": {}, "clip": {}, "picks": torch.zeros(1), "readings": [],
-            "times_resumed": 0, "loads": {},
+            "times_resumed": 0, "loads": {}, "data": [],
         }  # fmt: skip
         checkpoint.save(folder / "checkpoint.pt", state)
         return folder
