@@ -92,7 +92,7 @@ def generate(run: Path, prompt: str, count: int, temperature: float, top_k: int 
     tokenizer = find_tokenizer(run, config)
     advice = f"put the tokenizer.json that made the shards into {run}"
     try:
-        tokens = tokenizer.encode(prompt).ids
+        tokens = tokenizer.encode(prompt, add_special_tokens=False).ids
     except Exception as error:  # tokenizers raises nothing narrower
         raise GenerateError(f"the tokenizer does not take the prompt, {error}: {advice}") from error
     if tokenizer.get_vocab_size() == 0 or prompt and not tokens:

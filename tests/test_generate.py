@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from switch_bank import checkpoint
 from switch_bank.config import Config
@@ -194,6 +194,18 @@ def test_a_special_token_in_the_prompt_is_text(
     assert written(capsys, folder, "--prompt", text, "--tokens", 10, "--temperature", 0) == (
         text + TOKENIZER.decode(after) + "\n"
     )
+
+
+def test_what_a_tokenizer_appends_to_a_text_is_not_read_after_the_prompt(
+    config: Config, model: SwitchBankGPT, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_folder(tmp_path, config, model.state_dict(), STEP)
+    ending = Tokenizer.from_str(TOKENIZER.to_str())
+    end = "<|endoftext|>"
+    ending.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, EOD)])
+    ending.save(str(tmp_path / "tokenizer.json"))
+    options = ("--prompt", PROMPT, "--tokens", 20)
+    assert written(capsys, tmp_path, *options) == written(capsys, folder, *options)
 
 
 def test_a_model_that_read_ahead_says_so(

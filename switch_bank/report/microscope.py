@@ -52,7 +52,7 @@ def look(folder: Path, config: Config, model: SwitchBankGPT, text: str | None = 
         tokens, note = likes[:TEXT_TOKENS], f"The first {min(TEXT_TOKENS, len(likes))} tokens of the validation split."
     else:
         assert tokenizer is not None
-        read = [config.model.eod_token, *tokenizer.encode(text).ids]
+        read = [config.model.eod_token, *tokenizer.encode(text, add_special_tokens=False).ids]
         tokens, note = torch.tensor(read[:OWN_TEXT_TOKENS]), f"{len(read)} tokens of the text that was given."
         if len(read) > OWN_TEXT_TOKENS:
             note = f"The first {OWN_TEXT_TOKENS} of {note}"

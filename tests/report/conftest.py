@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from switch_bank import checkpoint
 from switch_bank.config import Config
@@ -26,9 +26,11 @@ STEPS = 40
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
+    """It appends the end of a document to a text, unless it is asked not to."""
     tokenizer = Tokenizer(models.WordLevel({word: at for at, word in enumerate(WORDS)}))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("|", "removed")
     tokenizer.decoder = decoders.Fuse()
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {WORDS[0]}", special_tokens=[(WORDS[0], 0)])
     return tokenizer
 
 
