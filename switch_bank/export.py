@@ -180,11 +180,12 @@ With the SwitchBank package, in this folder:
 import torch
 from tokenizers import Tokenizer
 from switch_bank.model.gpt import SwitchBankGPT
-from switch_bank.read_log import Log, LogError
 
 model = SwitchBankGPT.from_folder(".")
 tokenizer = Tokenizer.from_file("tokenizer.json")
-tokens = torch.tensor([[model.config.eod_token, *tokenizer.encode("The text so far").ids]])
+tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a text is text
+text = tokenizer.encode("The text so far", add_special_tokens=False).ids
+tokens = torch.tensor([[model.config.eod_token, *text]])
 logits = model.predict(tokens)  # [1, T, {options.vocab_size}]: of each next token
 ```
 """

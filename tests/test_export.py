@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from switch_bank import checkpoint
 from switch_bank.config import Config, from_dict
@@ -37,13 +37,15 @@ def python(*arguments: object, **environment: str) -> subprocess.CompletedProces
 
 @pytest.fixture(scope="module")
 def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer of every byte and the end of a document, 257 tokens as the model has."""
+    """A tokenizer of every byte and the end of a document, 257 tokens as the model has. It appends the end to a text,
+    unless it is asked not to."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator([], trainers.BpeTrainer(initial_alphabet=alphabet, show_progress=False))
     tokenizer.add_special_tokens([END])
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, EOD)])
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     tokenizer.save(str(path))
     return path
@@ -104,7 +106,7 @@ def test_the_exported_tokenizer_is_the_runs_and_reads_special_tokens_as_text(run
     text = f"def parse(räte):\n    return '{END}'\n"
     for folder in (run, exported):
         tokenizer = find_tokenizer(folder, config)
-        ids = tokenizer.encode(text).ids
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
         assert tokenizer.token_to_id(END) == EOD and EOD not in ids
         assert len(ids) == len(text.encode()) and tokenizer.decode(ids) == text
 
@@ -133,6 +135,11 @@ def test_the_cards_instructions_work(exported: Path, monkeypatch: pytest.MonkeyP
     names: dict = {}
     exec(code, names)
     assert names["logits"].shape == (1, names["tokens"].shape[1], 257)
+    assert names["tokens"].shape[1] == 1 + len("The text so far")
+    assert names["tokens"][0, 0] == EOD and EOD not in names["tokens"][0, 1:]
+    assert EOD not in names["tokenizer"].encode(END, add_special_tokens=False).ids
+    for name in ", ".join(re.findall(r"import (.*)", code)).split(", "):
+        assert len(re.findall(rf"\b{name}\b", code)) > 1, f"{name} is imported and not used"
 
 
 def test_weights_of_a_run_that_did_not_end_are_exported_as_such(run: Path, tmp_path: Path) -> None:
