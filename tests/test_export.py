@@ -86,6 +86,11 @@ def test_an_export_holds_four_files_and_leaves_nothing_beside_them(exported: Pat
     assert [file.name for file in exported.parent.iterdir()] == ["model"]
 
 
+def test_the_files_of_an_export_are_as_open_as_any_new_file(exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "new").touch()
+    assert {file.stat().st_mode for file in exported.iterdir()} == {(tmp_path / "new").stat().st_mode}
+
+
 def test_the_exported_model_gives_the_logits_of_the_runs_to_the_bit(run: Path, exported: Path) -> None:
     saved = checkpoint.load(run / "checkpoint.pt")
     config = from_dict(saved["config"])

@@ -4,6 +4,7 @@ and a checksum. Nothing in these files can run code."""
 import dataclasses
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ def write_folder(folder: Path, config: Config, weights: dict[str, Tensor], step:
     (folder / CONFIG).write_text(options, encoding="utf-8")
     metadata = {"format": "pt", "step": str(step), "sha256": _sha256(options.encode(), str(step), weights)}
     save_file(weights, folder / WEIGHTS, metadata)
+    shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors lets nobody but the owner read it
 
 
 def read_folder(folder: Path) -> tuple[Config, dict[str, Tensor], int]:
