@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import os
+import shlex
 import signal
 import statistics
 import sys
@@ -299,7 +300,8 @@ def main(config: Config, world: World) -> None:
                 checkpoints.wait()
                 dist.barrier()  # a process that ended sooner would break the connections of the one that saves
                 where = f"stopped by {signal.Signals(stop).name} before step {step} of {steps}, which is saved"
-                raise Stopped(f"{where}: go on with the same command and --run.resume --run.out {folder}", stop)
+                out = shlex.quote(str(folder))
+                raise Stopped(f"{where}: go on with the same command and --run.resume --run.out {out}", stop)
             if step in run.val_at_steps or step == steps or readings and seconds >= readings[0]:
                 clock.stop()
                 if step == steps:

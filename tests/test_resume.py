@@ -2,6 +2,7 @@
 
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -82,7 +83,7 @@ def test_killed_again_and_again_also_while_a_checkpoint_is_written(finished, sha
     [(signal.SIGTERM, 143), (signal.SIGINT, 130), pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow)],
 )
 def test_asked_to_stop_it_finishes_the_step_saves_and_says_how_to_go_on(finished, shards, tmp_path, number, exit_code):
-    options, out = [*tiny(shards), *FIFTY], tmp_path / "stopped"
+    options, out = [*tiny(shards), *FIFTY], tmp_path / "stopped & saved"
     with running(options, out, until="step:20/") as run:
         run.send_signal(number)
         errors = run.communicate()[1]
@@ -90,7 +91,7 @@ def test_asked_to_stop_it_finishes_the_step_saves_and_says_how_to_go_on(finished
     step = load(out / "checkpoint.pt")["step"]
     assert errors == (
         f"stopped by {number.name} before step {step} of 50, which is saved: "
-        f"go on with the same command and --run.resume --run.out {out}\n"
+        f"go on with the same command and --run.resume --run.out {shlex.quote(str(out))}\n"
     )
     assert 20 <= step < 50
     assert train([*options, "--run.resume"], out).returncode == 0
