@@ -6,6 +6,7 @@ python -m switch_bank generate RUN [--prompt TEXT] [--tokens N] [--temperature T
 import argparse
 import dataclasses
 import math
+import re
 import signal
 import sys
 from collections.abc import Iterable, Iterator
@@ -13,7 +14,6 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from switch_bank.checkpoint import CheckpointError
@@ -23,6 +23,8 @@ from switch_bank.model.decode import Decoder
 from switch_bank.model.folder import ModelFolderError
 from switch_bank.model.gpt import SwitchBankGPT
 from switch_bank.schedules import StepState
+
+BYTE = re.compile("<0x..>")  # a token of one byte, in a tokenizer of characters
 
 
 class GenerateError(ValueError):
@@ -61,25 +63,37 @@ def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torc
     return int(tokens[torch.multinomial(weights, 1, generator=generator)])
 
 
-def text_of(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
-    """The text of tokens as they come, in whole characters, though a byte-level token may end inside of one. What the
-    last token leaves unfinished comes as U+FFFD."""
-    stream, read, length = DecodeStream(skip_special_tokens=False), [], 0
+def text_of(tokenizer: Tokenizer, prompt: list[int], tokens: Iterable[int]) -> Iterator[str]:
+    """The text of tokens as they come after those of `prompt`, in whole characters, though a token may end inside of
+    one. What the last token leaves unfinished comes as U+FFFD."""
+
+    def text(ids: list[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=False)
+
+    # Only the tokens of the last piece are decoded again: before others, a token can have another text than alone.
+    before, after, told = prompt, list[int](), len(text(prompt))
     for token in tokens:
-        read.append(token)
-        if piece := stream.step(tokenizer, token):
-            length += len(piece)
+        name = tokenizer.id_to_token(token)
+        if name is None:  # a model may have more tokens than its tokenizer
+            continue
+        after.append(token)
+        if BYTE.fullmatch(name):  # one wrong byte, and no byte of its run is a character
+            continue
+        piece = text([*before, *after])[told:]
+        if piece and not piece.endswith("\ufffd"):
             yield piece
-    if rest := tokenizer.decode(read, skip_special_tokens=False)[length:]:
+            before, after, told = after, [], len(text(after))
+    if rest := text([*before, *after])[told:]:
         yield rest
 
 
 def sample_line(model: SwitchBankGPT, state: StepState, folder: Path, config: Config) -> str:
     """What a run says at its end: the beginning of a document, or why there is none."""
     try:
-        return f"sample: {''.join(text_of(find_tokenizer(folder, config), sample(model, state, [], 48)))!r}"
+        tokenizer = find_tokenizer(folder, config)
     except ModelFolderError as error:
         return f"no sample: {error}"
+    return f"sample: {tokenizer.decode(list(sample(model, state, [], 48)), skip_special_tokens=False)!r}"
 
 
 def generate(run: Path, prompt: str, count: int, temperature: float, top_k: int | None, seed: int) -> Iterator[str]:
@@ -102,7 +116,7 @@ def generate(run: Path, prompt: str, count: int, temperature: float, top_k: int 
     if model.head.device.type == "cpu" and config.model.dtype == "auto":
         model = _in_float32(config, model)
     assert model.trained_state is not None
-    return text_of(tokenizer, sample(model, model.trained_state, tokens, count, temperature, top_k, seed))
+    return text_of(tokenizer, tokens, sample(model, model.trained_state, tokens, count, temperature, top_k, seed))
 
 
 def _in_float32(config: Config, model: SwitchBankGPT) -> SwitchBankGPT:

@@ -1,6 +1,7 @@
 """Generation: what is drawn, how it becomes text, and the program, on a small model of random weights."""
 
 import dataclasses
+import itertools
 import os
 import signal
 import subprocess
@@ -12,12 +13,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from switch_bank import checkpoint
 from switch_bank.config import Config
 from switch_bank.export import load_model
-from switch_bank.generate import main, sample, text_of
+from switch_bank.generate import main, sample, sample_line, text_of
 from switch_bank.model.folder import write_folder
 from switch_bank.model.gpt import SwitchBankGPT
 
@@ -40,8 +41,28 @@ def byte_level(vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def byte_fallback() -> Tokenizer:
+    """As Llama's: tokens of characters, and one for each byte of any other character."""
+    names = ["<|endoftext|>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcdeéF日→�🎉", "▁▁", "▁a", "a▁", "日e"]
+    tokenizer = Tokenizer(models.BPE({name: at for at, name in enumerate(names)}, [], byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(parts)
+    return tokenizer
+
+
+def metaspace() -> Tokenizer:
+    """Tokens of up to four characters, "▁" for a space. The space before the first token is no part of the text."""
+    names = ["".join(name) for length in range(1, 5) for name in itertools.product("▁a🎉�", repeat=length)]
+    names = ["<|endoftext|>", *names][: VOCAB - 10]
+    tokenizer = Tokenizer(models.BPE({name: at for at, name in enumerate(names)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    return tokenizer
+
+
 TOKENIZER = byte_level(VOCAB)
-tokens = st.lists(st.integers(1, VOCAB - 1), max_size=60)
+BYTE_FALLBACK, METASPACE = byte_fallback(), metaspace()
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +140,43 @@ def test_no_token_beyond_the_vocabulary_is_drawn(model: SwitchBankGPT) -> None:
 # --- How it becomes text
 
 
-@given(tokens)
-def test_the_pieces_are_the_text_of_all_tokens(ids: list[int]) -> None:
-    assert "".join(text_of(TOKENIZER, ids)) == TOKENIZER.decode(ids)
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, BYTE_FALLBACK, METASPACE], ids=["bytes", "fallback", "metaspace"])
+@given(st.text() | st.text("a é日🎉"), st.lists(st.integers(1, VOCAB - 1), max_size=60))
+def test_the_pieces_are_the_text_of_all_tokens_without_the_prompts(
+    tokenizer: Tokenizer, prompt: str, ids: list[int]
+) -> None:
+    before = tokenizer.encode(prompt).ids
+    pieces = list(text_of(tokenizer, before, ids))
+    assert "".join(pieces) == tokenizer.decode([*before, *ids])[len(tokenizer.decode(before)) :]
+    assert all(piece and not piece.endswith("\ufffd") for piece in pieces[:-1])
+
+
+@given(st.lists(st.binary(max_size=3) | st.sampled_from(["a", "日", "é"]).map(str.encode), max_size=20))
+def test_characters_of_single_bytes_are_those_of_the_whole_text(characters: list[bytes]) -> None:
+    tokens = [f"<0x{byte:02X}>" for byte in b"".join(characters)]
+    for name in ("▁a", "🎉"):
+        ids = [BYTE_FALLBACK.token_to_id(token) for token in [*tokens, name, *tokens, *tokens[:2]]]
+        assert "".join(text_of(BYTE_FALLBACK, [], ids)) == BYTE_FALLBACK.decode(ids)
+
+
+@pytest.mark.parametrize("tokenizer", [BYTE_FALLBACK, METASPACE], ids=["fallback", "metaspace"])
+def test_the_space_between_the_prompt_and_the_first_token_is_kept(tokenizer: Tokenizer) -> None:
+    ids = [tokenizer.token_to_id("▁a")]
+    assert list(text_of(tokenizer, tokenizer.encode("a a").ids, 2 * ids)) == [" a", " a"]
+    assert list(text_of(tokenizer, [], 2 * ids)) == ["a", " a"]
+
+
+def test_a_token_becomes_text_without_all_the_text_before_it() -> None:
+    class Counting:
+        decoded, id_to_token = 0, staticmethod(TOKENIZER.id_to_token)
+
+        def decode(self, ids: list[int], **options: bool) -> str:
+            self.decoded += len(ids)
+            return TOKENIZER.decode(ids, **options)
+
+    counting, ids = Counting(), TOKENIZER.encode("die Füße 🎉 " * 100).ids
+    assert "".join(text_of(counting, ids, ids)) == "die Füße 🎉 " * 100  # type: ignore[arg-type]
+    assert counting.decoded < 20 * len(ids)
 
 
 def test_a_character_comes_whole_as_soon_as_its_last_byte_does() -> None:
@@ -134,8 +189,18 @@ def test_a_character_comes_whole_as_soon_as_its_last_byte_does() -> None:
             taken.append(token)
             yield token
 
-    assert [(piece, len(taken)) for piece in text_of(TOKENIZER, one_by_one())] == [("a", 1), ("🎉", 5), ("b", 6)]
-    assert list(text_of(TOKENIZER, ids[:3])) == ["a", "\ufffd"]
+    assert [(piece, len(taken)) for piece in text_of(TOKENIZER, [], one_by_one())] == [("a", 1), ("🎉", 5), ("b", 6)]
+    assert list(text_of(TOKENIZER, [], ids[:3])) == ["a", "\ufffd"]
+
+
+def test_a_run_says_its_sample_whatever_bytes_its_model_draws(
+    config: Config, model: SwitchBankGPT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    BYTE_FALLBACK.save(str(tmp_path / "tokenizer.json"))
+    ids = [BYTE_FALLBACK.token_to_id(name) for name in ("▁a", "<0x41>", "<0xFF>", "b")]
+    monkeypatch.setattr("switch_bank.generate.sample", lambda *_: iter(ids))
+    assert model.trained_state is not None
+    assert sample_line(model, model.trained_state, tmp_path, config) == "sample: 'a\ufffd\ufffdb'"
 
 
 # --- The program
