@@ -75,11 +75,21 @@ class RunLog:
         if self.is_first:
             _write(self._files["metrics.jsonl"], json.dumps({"kind": kind} | values))
             if self._send is not None:
-                self._send(kind, values)
+                try:
+                    self._send(kind, values)
+                except Exception as error:  # a tracker may raise anything, and holds only a copy: the run goes on
+                    self._send = None
+                    self.line(f"tracking stopped: {tracking.reason(error)}")
 
     def track(self, config: Config) -> None:
-        """From here on, metrics go to the tracker of `config` too."""
-        self._send = tracking.start(self.folder, config) if self.is_first else None
+        """From here on, metrics go to the tracker of `config` too. Raises ConfigError where it does not start."""
+        if not self.is_first:
+            return
+        try:
+            self._send = tracking.start(self.folder, config)
+        except Exception as error:  # a tracker may raise anything: no key, no network, a version that does not fit
+            tracker = f"--run.track {config.run.track} does not start"
+            raise ConfigError(f"{tracker}, {tracking.reason(error)}: mend that or leave it out") from error
 
     def progress(self, text: str) -> None:
         """A line that the next one replaces; on a terminal only."""

@@ -42,6 +42,11 @@ def start(folder: Path, config: Config) -> Callable[[str, dict[str, Any]], None]
     return lambda kind, values: module.log(numbers(kind, values), step=values["step"])
 
 
+def reason(error: Exception) -> str:
+    """What a tracker raised, in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 def numbers(kind: str, values: dict[str, Any]) -> dict[str, float]:
     """The single numbers of a line, as KIND/NAME, KIND/NAME/PART or, for lists over the layers, KIND/NAME/LAYER; those
     of routing lines with the split after the kind. Lists over layers and experts stay in metrics.jsonl."""

@@ -2,12 +2,17 @@
 
 import json
 import math
+import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from switch_bank.config import ConfigError
+from switch_bank.config import ConfigError, presets
+from switch_bank.run_log import RunLog
 from switch_bank.tracking import numbers, require
 from tests.runs import records, tiny, train
 
@@ -61,6 +66,47 @@ def test_a_tracker_that_is_not_installed_is_one_line_before_anything_is_made(
     assert (
         result.stderr == f"error: --run.track {missing} needs a package that is not installed: pip install {missing}\n"
     )
+
+
+class Wandb(SimpleNamespace):
+    """A stand-in for the package: it refuses to start without a key, and its fourth line."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(key=key, logged=[], finish=lambda: None)
+
+    def init(self, **options: Any) -> None:
+        if not self.key:
+            raise RuntimeError("no key:\nlog in first")
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.logged.append(step)
+        if len(self.logged) == 4:
+            raise ConnectionError("the server\nis gone")
+
+
+def test_a_tracker_that_fails_is_left_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_DIR", "")
+    monkeypatch.setitem(sys.modules, "wandb", wandb := Wandb("key"))
+    log, nano = RunLog(tmp_path, is_first=True), presets["nano"]
+    log.track(replace(nano, run=replace(nano.run, track="wandb")))
+    for step in range(6):
+        log.metrics("train", {"step": step, "train_loss": 2.0})
+    assert wandb.logged == [0, 1, 2, 3]
+    assert [line["step"] for line in records(tmp_path, "train")] == list(range(6))
+    line = "tracking stopped: ConnectionError: the server is gone\n"
+    assert (tmp_path / "log.txt").read_text() == line and capsys.readouterr().out == line
+
+
+def test_a_tracker_that_does_not_start_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_DIR", "")
+    monkeypatch.setitem(sys.modules, "wandb", Wandb(""))
+    nano = presets["nano"]
+    with pytest.raises(ConfigError) as refused:
+        RunLog(tmp_path, is_first=True).track(replace(nano, run=replace(nano.run, track="wandb")))
+    reason = "RuntimeError: no key: log in first"
+    assert str(refused.value) == f"--run.track wandb does not start, {reason}: mend that or leave it out"
 
 
 def test_without_a_tracker_nothing_more_is_written(finished: tuple[Path, object]) -> None:
