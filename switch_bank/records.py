@@ -107,10 +107,11 @@ def check_data(log: Log) -> Iterator[str]:
     for path, tokens, sha256 in sorted(set(log.data())):
         if not Path(path).is_file():
             continue
-        if (found := file_sha256(path)) != sha256:
-            yield f"data {path}: the log gives the checksum {sha256} and the file has {found}"
-        elif os.path.getsize(path) != HEADER.itemsize + TOKEN.itemsize * tokens:
+        # First, as some files of /proc never end: their size is 0.
+        if os.path.getsize(path) != HEADER.itemsize + TOKEN.itemsize * tokens:
             yield f"data {path}: the log says {tokens} tokens and the file holds another number"
+        elif (found := file_sha256(path)) != sha256:
+            yield f"data {path}: the log gives the checksum {sha256} and the file has {found}"
 
 
 def file_sha256(path: str) -> str:
@@ -271,7 +272,7 @@ def check_metrics(log: Log, parts: list[Part]) -> Iterator[str]:
                 tokens = parts[0].config.data.val_tokens
                 if kind == "val" and record["val_tokens"] != tokens:
                     yield f"the validation at step {record['step']} read {record['val_tokens']} tokens, not {tokens}"
-        except (ValueError, TypeError, KeyError, OverflowError):
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             yield f"line {number} of metrics.jsonl cannot be read"
     for loss in Counter(in_log) - Counter(in_metrics):
         yield f"the log has {loss}, and metrics.jsonl has not"

@@ -275,6 +275,14 @@ def test_a_changed_byte_of_a_data_file_is_named_and_an_absent_file_is_no_fault(c
     assert f"data: {data}/train_000000.bin is not here, its checksum was not compared" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(not Path("/proc/version").exists(), reason="needs files that do not say how long they are")
+def test_a_file_of_another_length_is_named_and_not_read(copy, verify):
+    """Some files of /proc never end."""
+    with (copy / "log.txt").open("a") as file:
+        file.write("data /proc/version tokens 1 sha256 0123\n")
+    assert verify(copy)[1] == ["data /proc/version: the log says 1 tokens and the file holds another number"]
+
+
 def test_a_validation_of_other_tokens_is_named(copy, verify):
     change(copy / "metrics.jsonl", r'("step": 4, .*"val_tokens": )20001', r"\g<1>20000")
     assert verify(copy) == (1, ["the validation at step 4 read 20000 tokens, not 20001"])
@@ -293,6 +301,13 @@ def test_metrics_that_are_not_the_logs_are_named(copy, verify):
         f"the log has step 3, {loss}, and metrics.jsonl has not",
         f"metrics.jsonl has step 13, {loss}, and the log has not",
     ]
+
+
+def test_a_line_of_metrics_that_is_too_deep_is_named(copy, verify):
+    with (copy / "metrics.jsonl").open("a") as file:
+        file.write("[" * 100_000)
+    number = len((copy / "metrics.jsonl").read_text().splitlines())
+    assert verify(copy)[1] == [f"line {number} of metrics.jsonl cannot be read"]
 
 
 def test_a_config_json_that_is_not_the_logs_is_named(copy, verify):
