@@ -179,7 +179,9 @@ def check_options(log: Log, parts: list[Part]) -> Iterator[str]:
         text = beside.read_text(encoding="utf-8", errors="replace")
         if wrong := differences(parts[0].options, read_options(text, json.loads, "config.json")[0]):
             yield f"the config line and config.json: {wrong}"
-    first, *others = ({n: value for n, value in part.options.items() if not n.startswith("run.")} for part in parts)
+    first, *others = (  # of the options of a run, the seed alone says what was run
+        {n: value for n, value in part.options.items() if not n.startswith("run.") or n == "run.seed"} for part in parts
+    )
     for part, other in zip(parts[1:], others, strict=True):
         if wrong := differences(first, other):
             yield f"the config lines at the start and at step {part.first_step}: {wrong}"
@@ -229,7 +231,7 @@ def check_all_steps_are_there(log: Log, parts: list[Part]) -> Iterator[str]:
     finished = any(line.startswith("result: ") for line in log.lines)
     for part, later in zip(parts, [*parts[1:], None], strict=True):
         train = {loss.step for loss in part.losses if loss.kind == "train"}
-        val = {loss.step for loss in part.losses if loss.kind == "val"}
+        val = Counter(loss.step for loss in part.losses if loss.kind == "val")
         run, first, every = part.config.run, part.first_step, part.config.run.log_every
         end = later.first_step if later else part.config.schedule.steps if finished else max(train, default=first)
         due = chain([first + 1] if first < end else [], range(((first + 1) // every + 1) * every, end + 1, every))
@@ -245,6 +247,9 @@ def check_all_steps_are_there(log: Log, parts: list[Part]) -> Iterator[str]:
         for step in sorted(train):
             if not first < step <= end or step % every and step != first + 1:
                 yield f"the training line of step {step} is one that this run does not write"
+        for step, times in val.items():
+            if times > 1:
+                yield f"step {step} has {times} validation lines"
     losses = [loss for part in parts for loss in part.losses]
     for reading in parts[0].config.run.val_at_seconds:
         # Only the step that was running then may be reported before the validation is.

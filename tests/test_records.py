@@ -79,10 +79,13 @@ def test_the_log_of_a_resumed_run_agrees(copy, shards, verify):
     assert verify(copy) == (0, [])
     change(copy / "log.txt", "resumed at step 10, resume number 1", "resumed at step 10, resume number 2")
     change(copy / "log.txt", r"(resume number 2\nconfig .*'muon_lr': )0.025", r"\g<1>0.05")
+    start, resume = (copy / "log.txt").read_text().split("\nresumed at step ")
+    resume = resume.replace("'seed': 0", "'seed': 7").replace("seed 0", "seed 7")
+    (copy / "log.txt").write_text(f"{start}\nresumed at step {resume}")
     (copy / "metrics.jsonl").unlink()
     change(copy / "log.txt", r"^step:11/12 val_loss.*\n", "")
     assert verify(copy)[1] == [
-        "the config lines at the start and at step 10: optim.muon_lr is 0.025 and 0.05",
+        "the config lines at the start and at step 10: optim.muon_lr is 0.025 and 0.05, run.seed is 0 and 7",
         "no validation line at step 11",
         "there are 2 config lines, one for each start, and resumes with the numbers [2]",
     ]
@@ -281,6 +284,12 @@ def test_a_file_of_another_length_is_named_and_not_read(copy, verify):
     with (copy / "log.txt").open("a") as file:
         file.write("data /proc/version tokens 1 sha256 0123\n")
     assert verify(copy)[1] == ["data /proc/version: the log says 1 tokens and the file holds another number"]
+
+
+def test_a_validation_that_was_read_twice_is_named(copy, verify):
+    for file, line in (("log.txt", "^step:8/12 val.*\n"), ("metrics.jsonl", '^{"kind": "val", "step": 8,.*\n')):
+        change(copy / file, f"({line})", r"\1\1")
+    assert verify(copy)[1] == ["step 8 has 2 validation lines"]
 
 
 def test_a_validation_of_other_tokens_is_named(copy, verify):
