@@ -20,7 +20,7 @@ LAYER = re.compile(
 ROW_END = re.compile(r",?\s*\]")
 NEXT_LAYER = re.compile(r",\s*")
 PART = re.compile(r"(?<![a-z])(?:(train|training)|val|valid|validation|eval|evaluation)(?![a-z])", re.IGNORECASE)
-EXPERT_COLUMN = re.compile(r"(?:expert|e|count|c)?[ _]?\d+")
+EXPERT_COLUMN = re.compile(r"(?:expert|e|count|c)?[ _]?\d{1,6}")
 
 
 class CountsError(ValueError):
@@ -58,13 +58,17 @@ def read_counts(path: Path) -> Counts:
 
     Raises CountsError where they cannot be analysed, and OSError where the file cannot be read.
     """
-    top_k = None
+    top_k: int | None = None
     if path.is_dir():
         config, path = path / "config.json", path / "metrics.jsonl"
         if not path.exists():
             raise CountsError("this folder holds no metrics.jsonl: name a run's folder or a file with counts")
         if config.exists():
-            top_k = _load(config.read_text(encoding="utf-8"), "config.json").get("model", {}).get("top_k")
+            match _load(config.read_bytes(), "config.json"):
+                case {"model": {"top_k": int(top_k)}}:
+                    pass
+                case _:
+                    raise CountsError("config.json has no model.top_k that is a whole number: mend or remove it")
     text = path.read_bytes().decode("utf-8-sig", errors="replace")
     notes: list[str] = []
     match path.suffix.lower():
@@ -125,6 +129,8 @@ def _text_row(text: str, at: int, name: str) -> tuple[dict[int, list[Any]], int]
             raise CountsError(
                 f"{name} cannot be read {after}: expected (layer, tensor([c0, c1, ...])), found {text[at : at + 30]!r}"
             )
+        if len(cell[1]) > 18:
+            raise CountsError(f"{name}: {cell[1][:18]}... is no layer: write a number of up to 18 digits")
         layer, numbers = int(cell[1]), cell[2].strip()
         if layer in layers:
             raise CountsError(f"{name} has layer {layer} twice")
@@ -198,11 +204,11 @@ def _json_row(item: Any, part: str | None, name: str) -> Row:
     return Row(part, name, dict(enumerate(counts)), active)
 
 
-def _load(text: str, place: str) -> Any:
+def _load(text: str | bytes, place: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise CountsError(f"{place} is not JSON: {error}") from None
+    except (ValueError, RecursionError) as error:  # also not UTF-8, a number too long and lists too deep for Python
+        raise CountsError(f"{place} is not JSON that can be read: {error}") from None
 
 
 # --- CSV
@@ -276,8 +282,9 @@ def check_rows(rows: list[Row], top_k: int | None, notes: list[str]) -> Counts:
     found = [(row, list(_row_counts(row, first, layers))) for row in kept]
     width = len(found[0][1][0])
     experts = list(range(width)) if active is None else active
-    if not experts or not all(isinstance(expert, int) and 0 <= expert < width for expert in experts):
-        raise CountsError(f"{first.name}: its active experts are {experts}: expected numbers below {width}")
+    are_experts = all(type(expert) is int and 0 <= expert < width for expert in experts)
+    if not experts or not are_experts or len(set(experts)) < len(experts):
+        raise CountsError(f"{first.name}: its active experts are {experts}: expected different numbers below {width}")
 
     named = {row.part for row in kept if row.part}
     unnamed = "all" if not named else "train" if named == {"val"} else "unnamed"
@@ -322,6 +329,6 @@ def _whole_number(value: Any) -> int | None:
     """The count that a number or its text stands for ("255." and "1.0e+03" too), or None."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return int(number) if number.is_integer() and 0 <= number < 2**53 and value is not True else None

@@ -145,6 +145,7 @@ def test_rows_before_any_heading_are_said_to_be(tmp_path: Path) -> None:
             "\n[(0, tensor([1, 2])) and (1, ",
             "row 1 (line 2) breaks off after layer 0: expected a comma or ], found 'and",
         ),
+        (f"[({'9' * 5000}, tensor([1, 2]))]", "row 1 (line 1): 999999999999999999... is no layer: write a number of"),
         (" (1, tensor([3, 4]))]\n[(0, tensor([1, 2]))]", "some (layer, tensor([...])) stand outside of any row"),
         ("[(0, tensor([1, 2]))]\n[(0, tensor([0, 0]))]", "row 2 (line 2), layer 0 counts no tokens at all"),
     ],
@@ -185,6 +186,7 @@ def test_csv_has_a_line_for_each_count_or_a_column_for_each_expert(tmp_path: Pat
         ("layer,a,b\n0,1,2", "the first line is 'layer,a,b': it must name the columns"),
         ("layer,e0,e1,loss\n0,1,2,3", "the first line is 'layer,e0,e1,loss'"),
         ("layer,e0,e0\n0,1,2", "the first line is 'layer,e0,e0'"),
+        (f"layer,e{'9' * 5000}\n0,1", "the first line is 'layer,e999"),
         ("layer,e0,e1\n", "no rows"),
         ("layer,e0,e1\n0,1,2\n0,3\n", "line 3 has 2 columns and the first line 3"),
         ("layer,e0,e1\n0,1,2,3\n", "line 2 has 4 columns and the first line 3"),
@@ -221,7 +223,9 @@ def test_json_is_rows_or_parts_with_rows_or_what_a_run_writes(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "the file is not JSON"),
+        ("{", "the file is not JSON that can be read: Expecting property name"),
+        ("9" * 5000, "the file is not JSON that can be read: Exceeds the limit"),
+        ("[" * 100_000, "the file is not JSON that can be read: maximum recursion depth exceeded"),
         ("3", 'expected a list of rows, or {"train": [rows], "val": [rows]}'),
         ("[]", "no rows"),
         ('{"test": []}', "the file: 'test' is no part"),
@@ -229,11 +233,14 @@ def test_json_is_rows_or_parts_with_rows_or_what_a_run_writes(tmp_path: Path) ->
         ("[[[1, 2]], [[1, true]]]", "row 2, layer 0, expert 1: True is no count"),
         ("[[[1, 2]], [[1, null]]]", "row 2, layer 0, expert 1: there is no count"),
         ("[[[1, 2]], [[1, NaN]]]", "row 2, layer 0, expert 1: nan is no count"),
+        (f"[[[1, {'9' * 4000}]]]", "row 1, layer 0, expert 1: 999"),
         ("[[[1, 2]], []]", "row 2 has layers none; the first row has layers 0"),
         ("[[]]", "row 1 has layers none"),
         ('[{"step": 3, "split": "train"}]', "row 1 (step 3): its counts are not a list"),
         ('[{"counts": [[1, 2]], "active": 2}]', "row 1: its active experts are 2: expected a list of their numbers"),
-        ('[{"counts": [[1, 2]], "active": [0, 2]}]', "row 1: its active experts are [0, 2]: expected numbers below 2"),
+        ('[{"counts": [[1, 2]], "active": [0, 2]}]', "row 1: its active experts are [0, 2]: expected different"),
+        ('[{"counts": [[1, 2]], "active": [0, 0]}]', "row 1: its active experts are [0, 0]: expected different"),
+        ('[{"counts": [[1, 2]], "active": [true, 0]}]', "row 1: its active experts are [True, 0]: expected different"),
     ],
 )
 def test_json_that_is_no_table_of_counts_is_refused(text: str, message: str, tmp_path: Path) -> None:
@@ -292,6 +299,25 @@ def test_a_run_without_counts_says_so(line: str, message: str, tmp_path: Path) -
     with pytest.raises(CountsError) as refused:
         read_counts(tmp_path)
     assert str(refused.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (b"[]", "config.json has no model.top_k that is a whole number: mend or remove it"),
+        (b'{"model": []}', "config.json has no model.top_k that is a whole number: mend or remove it"),
+        (b'{"model": {"top_k": "2"}}', "config.json has no model.top_k that is a whole number: mend or remove it"),
+        (b'{"preset": "\xff"}', "config.json is not JSON that can be read: 'utf-8' codec can't decode byte 0xff"),
+        (b'{"model": {"top_k": %s}}' % (b"9" * 5000), "config.json is not JSON that can be read: Exceeds the limit"),
+        (b"[" * 100_000, "config.json is not JSON that can be read: maximum recursion depth exceeded"),
+    ],
+)
+def test_a_run_whose_configuration_cannot_be_read_says_so(config: bytes, message: str, tmp_path: Path) -> None:
+    write_run(tmp_path, [{"kind": "routing", "counts": [[1, 2]]}])
+    (tmp_path / "config.json").write_bytes(config)
+    with pytest.raises(CountsError) as refused:
+        read_counts(tmp_path)
+    assert str(refused.value).startswith(message) and "\n" not in str(refused.value)
 
 
 def test_a_folder_without_a_run_says_so(tmp_path: Path) -> None:
