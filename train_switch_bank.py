@@ -289,6 +289,8 @@ def main(config: Config, world: World) -> None:
         on_trace_ready=lambda trace: trace.export_chrome_trace(str(folder / "trace.json")),
     )
     profiling = run.profile and world.rank == 0
+    if profiling and steps - first_step < 14:
+        log.line(f"--run.profile traces steps 12 to 14 from here, and {steps - first_step} are left: no whole trace")
     with profiler if profiling else contextlib.nullcontext():
         clock.start()
         for step in range(first_step, steps + 1):

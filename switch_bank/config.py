@@ -170,7 +170,7 @@ class RunConfig:
     resume: bool = False
     checkpoint_every: Annotated[int, Range(0, 10**9)] = 0  # steps; 0: only at the end
     timeout_seconds: Annotated[float, Range(1, 10**6)] = 600  # how long a process waits for another one's answer
-    profile: bool = False  # write a trace of a few steps into the run's folder
+    profile: bool = False  # write a trace of the 12th to 14th step into the run's folder
     compile: bool = True
     tokens_per_forward: Count = 32_768  # slices go through together up to this many: record keeps 0.9 MB a token
     recompute: bool = False  # compute a layer's activations again in the backward instead of keeping them

@@ -88,6 +88,14 @@ def test_profiling_writes_a_trace(finished):
     assert json.loads((finished[0] / "trace.json").read_text())["traceEvents"]
 
 
+def test_a_run_too_short_to_be_profiled_says_so(finished, shards, tmp_path):
+    result = train([*tiny(shards), "--run.steps", "10", "--run.profile"], tmp_path / "short")
+    assert result.returncode == 0, result.stderr
+    assert "--run.profile traces steps 12 to 14 from here, and 10 are left: no whole trace\n" in result.stdout
+    assert not (tmp_path / "short" / "trace.json").exists()
+    assert "no whole trace" not in finished[1].stdout
+
+
 def test_one_seed_gives_the_same_bits_twice(finished, shards, tmp_path):
     train([*tiny(shards), "--run.steps", "50"], tmp_path / "again")
     assert losses(tmp_path / "again") == losses(finished[0])
