@@ -421,6 +421,7 @@ def largest_divisor(number: int, limit: int) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout = sys.stdout or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")  # None where it was closed
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # no name of a folder ends a run
     on_stop_signals(interrupt)
     try:

@@ -84,6 +84,14 @@ def test_a_terminal_shows_a_live_line_with_loss_clock_health_and_speed(shards, t
     assert re.search(rb"\r\x1b\[K" + line, shown)
 
 
+def test_a_run_without_a_terminal_goes_on_in_its_log(shards, tmp_path):
+    run = command([*tiny(shards), "--run.steps", "2"], tmp_path / "run")
+    closed = ["sh", "-c", '"$@" >&-', "sh", *run]
+    result = subprocess.run(closed, stderr=subprocess.PIPE, text=True, env=environment(tmp_path / "run"))
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "\nresult: val_loss " in (tmp_path / "run" / "log.txt").read_text()
+
+
 def test_profiling_writes_a_trace(finished):
     assert json.loads((finished[0] / "trace.json").read_text())["traceEvents"]
 
