@@ -49,3 +49,17 @@ def test_the_bits_of_a_product_do_not_depend_on_the_number_of_threads() -> None:
     command = [sys.executable, "-c", PRODUCTS]
     same = subprocess.run(command, env=unset, capture_output=True, text=True, check=True).stdout
     assert same == "[True, True, True]\n"
+
+
+SETTINGS = """
+import torch
+from switch_bank.numerics import set_numerics
+
+set_numerics(torch.device("cuda"))
+print(torch._inductor.config.triton.mix_order_reduction)
+"""
+
+
+def test_no_gpu_kernel_has_the_fusion_that_torch_2_11_fails_on() -> None:
+    command = [sys.executable, "-c", SETTINGS]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "False\n"

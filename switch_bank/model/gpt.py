@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch._inductor.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -178,8 +177,6 @@ class SwitchBankGPT(nn.Module):
         as tensors, so that the graphs, and the time it takes to compile them, do not grow with the layers."""
         # Kinds of layers, shapes, training and validation make a graph each: more than the 8 that dynamo lets pass.
         torch._dynamo.config.recompile_limit = 256
-        # A fusion for GPUs that fails on the sums of `losses` in torch 2.11, for 8 slices and 16 experts for one.
-        torch._inductor.config.triton.mix_order_reduction = False
         for part in PARTS:
             if part == "feed_forward" and self.bank_backend == "avx512":
                 continue  # is compiled already
