@@ -8,6 +8,7 @@ from torch import Tensor
 
 CAP = 15.0  # of the logits' magnitude
 CHUNK_LOGITS = 2**28  # that are held at a time, at most: 512 MB of bfloat16
+BLOCK = 128  # tokens: divides every slice
 IGNORE = -100  # target that no loss is taken of
 
 
@@ -36,7 +37,11 @@ def chunked_head_losses(x: Tensor, head: Tensor, targets: Tensor) -> tuple[Tenso
 class _ChunkedLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, head, targets):  # type: ignore[no-untyped-def]
-        chunks = math.ceil(len(x) * len(head) / CHUNK_LOGITS)
+        fewest = math.ceil(len(x) * len(head) / CHUNK_LOGITS)
+        # Equal and of whole blocks, where at most twice as many chunks are: each size is compiled by itself, and for a
+        # GPU, sizes that no 8 divides may be padded.
+        even = [chunks for chunks in range(fewest, 2 * fewest + 1) if len(x) % (BLOCK * chunks) == 0]
+        chunks = even[0] if even else fewest
         weight = head.to(x.dtype)
         wants_gradient = any(ctx.needs_input_grad[:2])
         losses, x_gradients, head_gradient = [], [], None

@@ -83,6 +83,22 @@ def test_compiled_it_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "fitting", "chunks"),
+    [(1024, 400, 4 * [256]), (1024, 1024, [1024]), (1000, 400, [334, 334, 332]), (128 * 47, 4000, 2 * [64 * 47])],
+)
+def test_chunks_are_equal_and_of_whole_blocks_where_that_makes_at_most_twice_as_many(
+    tokens: int, fitting: int, chunks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, of_chunk = [], head._losses_and_gradient
+    monkeypatch.setattr(head, "CHUNK_LOGITS", fitting * VOCAB)
+    monkeypatch.setattr(
+        head, "_losses_and_gradient", lambda x, weight, targets: sizes.append(len(x)) or of_chunk(x, weight, targets)
+    )
+    chunked_head_losses(*problem(tokens, torch.float32))
+    assert sizes == chunks
+
+
 def test_the_cap_is_fifteen_and_next_to_nothing_is_changed() -> None:
     z = torch.tensor([0.0, 0.01, 1e4, -1e4], dtype=torch.float64)
     torch.testing.assert_close(
