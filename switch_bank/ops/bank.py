@@ -204,7 +204,10 @@ def plan_rows(experts: Tensor, count: int, align: int = ALIGN) -> RowPlan:
     tokens, top_k = experts.shape
     picks = tokens * top_k
     size = (picks + count * align) // align * align
-    sorted_experts, pick = experts.flatten().sort(stable=True)
+    # A GPU sorts by one byte of its keys after another, so they are as short as can be.
+    keys = experts.flatten().to(torch.uint8 if count <= 256 else torch.int16)
+    sorted_keys, pick = keys.sort(stable=True)
+    sorted_experts = sorted_keys.long()
     bounds = torch.searchsorted(sorted_experts, torch.arange(count + 1, device=experts.device))  # in sorted picks
     rows = (bounds.diff() + align - 1) // align * align
     ends = rows.cumsum(0)
