@@ -104,6 +104,34 @@ def test_a_run_too_short_to_be_profiled_says_so(finished, shards, tmp_path):
     assert "no whole trace" not in finished[1].stdout
 
 
+SLOW_PROFILER = """
+import runpy, sys, time
+from torch.profiler import profile
+
+count, passed = time.perf_counter, [0.0]
+time.perf_counter = lambda: count() + passed[0]
+
+def slow(work):
+    def works(*arguments):
+        passed[0] += 1e6
+        return work(*arguments)
+    return works
+
+for part in ("prepare_trace", "start_trace", "stop_trace", "export_chrome_trace"):
+    setattr(profile, part, slow(getattr(profile, part)))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_the_profilers_own_work_is_not_on_the_training_clock(shards, tmp_path):
+    python, *arguments = command([*tiny(shards), "--run.steps", "20", "--run.profile"], tmp_path / "run")
+    run = [python, "-c", SLOW_PROFILER, *arguments]
+    subprocess.run(run, env=environment(tmp_path / "run"), check=True, capture_output=True)
+    assert (tmp_path / "run" / "trace.json").exists()
+    assert records(tmp_path / "run", "train")[-1]["train_time_s"] < 1e6
+
+
 def test_one_seed_gives_the_same_bits_twice(finished, shards, tmp_path):
     train([*tiny(shards), "--run.steps", "50"], tmp_path / "again")
     assert losses(tmp_path / "again") == losses(finished[0])
