@@ -105,13 +105,14 @@ def collect(folder: Path, small_shapes: bool) -> dict[str, Any]:
 
 
 def step_record(folder: Path, name: str, exit_code: str, seconds: str, command: str) -> dict[str, Any]:
-    """A step of gpu.sh, with the end of what it wrote unless it passed."""
+    """A step of gpu.sh, with the ends of what it wrote, of either stream, unless it passed."""
     code = int(exit_code)
     written = [folder / f"{name}.{stream}" for stream in ("out", "err")]
-    text = "".join(file.read_text(encoding="utf-8", errors="replace") for file in written if file.exists())
+    texts = [file.read_text(encoding="utf-8", errors="replace") for file in written if file.exists()]
+    ends = [line for text in texts for line in text.splitlines()[-40:]]
     return {
         "name": name, "status": STATUS.get(code, "failed"), "exit_code": code, "seconds": float(seconds),
-        "command": command, "tail": "" if code == 0 else "\n".join(text.splitlines()[-20:]),
+        "command": command, "tail": "" if code == 0 else "\n".join(ends),
     }  # fmt: skip
 
 

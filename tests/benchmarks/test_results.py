@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.results import SchemaError, check, table
+from benchmarks.results import SchemaError, check, step_record, table
 from switch_bank.data import write_shard
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,6 +85,13 @@ def test_a_document_off_the_schema_is_refused_with_the_place(broken):
         change(document)
         with pytest.raises(SchemaError, match=where):
             check(document)
+
+
+def test_warnings_on_one_stream_hide_no_failure_on_the_other(tmp_path):
+    (tmp_path / "tests.out").write_text(100 * "dots\n" + "FAILED tests/test_x.py\n")
+    (tmp_path / "tests.err").write_text(100 * "a warning\n" + "the last one\n")
+    tail = step_record(tmp_path, "tests", "1", "3", "pytest")["tail"].splitlines()
+    assert tail == [*39 * ["dots"], "FAILED tests/test_x.py", *39 * ["a warning"], "the last one"]
 
 
 def test_a_missing_archive_gets_one_clear_line(tmp_path):
