@@ -179,10 +179,10 @@ def prepared_with_memory(config: Config, folder: Path, world: distributed.World)
             megabytes = process.submit(peak_memory_of_process, config, folder).result()
         return prepared(config, folder, world), megabytes
     before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
     step = prepared(config, folder, world)
-    for at in last_steps(config)[:2]:
-        step(at)
+    step(last_steps(config)[-1])
+    torch.cuda.reset_peak_memory_stats()  # compiling and tuning held more than training does
+    step(last_steps(config)[-1])
     return step, (torch.cuda.max_memory_allocated() - before) / 1e6
 
 

@@ -20,6 +20,7 @@ from benchmarks.step import (
     flops_per_token,
     last_steps,
     mean_visible_keys,
+    prepared_with_memory,
     write_random_shard,
 )
 from switch_bank import schedules
@@ -115,6 +116,16 @@ def test_no_matrix_of_a_prepared_model_is_zero_and_what_was_not_zero_stays(confi
     for name, parameter in model.named_parameters():
         assert parameter.ndim == 1 or name == "routers.bias" or (parameter != 0).all(), name
     assert torch.equal(model.bank.w1, before)
+
+
+def test_what_compiling_takes_is_not_in_a_gpus_peak_memory(config, world, tmp_path, monkeypatch):
+    memory, peak, took = 1e6, [0.0], iter([900e6, 50e6])  # the first step compiles
+    monkeypatch.setattr(benchmarks.step, "prepared", lambda *_: lambda at: peak.append(memory + next(took)))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: memory)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", peak.clear)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: max(peak))
+    gpu = world._replace(device=torch.device("cuda"))
+    assert prepared_with_memory(config, tmp_path, gpu)[1] == 50
 
 
 def test_the_program_prints_one_object_whose_ratio_is_that_of_the_steps(program):
