@@ -41,7 +41,7 @@ from switch_bank.model.size import forward_flops, parts
 from switch_bank.optim.groups import QuantileClip, build_optimizers, in_backward_order, parameter_groups, set_rates
 
 MEDIAN_DOCUMENT = 800  # tokens, as in FineWeb
-STEPS_A_TURN = {"cpu": 1, "cuda": 5}  # so many are queued at once: between steps, a GPU waits for no host in training
+STEPS_A_TURN = {"cpu": 1, "cuda": 3}  # so many are queued at once: between steps, a GPU waits for no host in training
 
 
 class TrainingStep:
@@ -204,12 +204,10 @@ def measure(config: Config, world: distributed.World, seconds: float) -> dict[st
     dtype = compute_dtype(config.model.dtype, device)
     configs = {"bank": config, "dense": dense_baseline(config).check()}
     with tempfile.TemporaryDirectory() as folder:
-        steps, memory = {}, {}
-        for name, own in configs.items():
-            steps[name], memory[name] = prepared_with_memory(own, Path(folder), world)
+        steps, memory, functions = {}, {}, {}
         count = STEPS_A_TURN[device.type]
 
-        def turns(step: TrainingStep) -> Callable[[], None]:
+        def turns(step: TrainingStep) -> Callable[[], object]:
             at = itertools.cycle(last_steps(step.config))
 
             def turn() -> None:
@@ -218,7 +216,14 @@ def measure(config: Config, world: distributed.World, seconds: float) -> dict[st
 
             return turn
 
-        times = alternate({name: turns(step) for name, step in steps.items()}, device, seconds, timer=wall_time)
+        for name, own in configs.items():
+            steps[name], memory[name] = prepared_with_memory(own, Path(folder), world)
+            functions[name] = turns(steps[name])
+            functions[name]()  # on a CPU it compiles
+            once = wall_time(functions[name], device) / count
+            # The row comes when all is measured: if time runs out before, this is what there is.
+            print(f"{name}: {once:.1f} ms a step, seen once; {memory[name]:,.0f} MB", file=sys.stderr, flush=True)
+        times = alternate(functions, device, seconds, warm_up=1, timer=wall_time)
         flops = {name: flops_per_token(step) for name, step in steps.items()}
     for name, step in steps.items():
         if not all(bool(torch.isfinite(parameter).all()) for parameter in step.model.parameters()):

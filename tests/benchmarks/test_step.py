@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -138,6 +139,7 @@ def test_the_program_prints_one_object_whose_ratio_is_that_of_the_steps(program)
     assert row["mfu"] == pytest.approx(row["flops_per_token"] * row["tokens_per_s"] / row["matmul_flops_per_s"])
     assert row["peak_memory_mb"] > 100 and row["dense_peak_memory_mb"] > 100
     assert row["model"]["experts"] == 4
+    assert re.fullmatch(r"bank: [\d.]+ ms a step.* MB\ndense: [\d.]+ ms a step.* MB\n", finished.err)
 
 
 def test_what_cannot_be_gets_one_clear_line(program):
