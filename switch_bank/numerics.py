@@ -11,14 +11,15 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
 
 def set_numerics(device: torch.device) -> None:
-    """On a CPU the same seed gives the same bits, and products of float32 by MKL do so on any number of threads; a GPU
-    multiplies float32 on tensor cores. To be called before the process's first product."""
+    """On a CPU the same seed gives the same bits, and products of float32 by MKL do so on any number of threads. On any
+    device, products of float32 are float32 throughout: the routers' choices ask for it. To be called before the
+    process's first product."""
     if device.type == "cpu":
         os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # read by MKL at its first call
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         keep_freed_memory()
-    torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("highest")
     # A fusion for GPUs that fails on the sums of the model's losses in torch 2.11, for 8 slices and 16 experts for one.
     torch._inductor.config.triton.mix_order_reduction = False
 
