@@ -262,6 +262,7 @@ def main(config: Config, world: World) -> None:
 
     # ---- the loop ------------------------------------------------------------------------------------------------
     first_step = 0
+    log.track(config)
     if saved is not None:
         load_state(saved)
         first_step, times_resumed = saved["step"], saved["times_resumed"] + 1
@@ -272,7 +273,6 @@ def main(config: Config, world: World) -> None:
     elif world.rank == 0:
         run_log.write_config(folder, config)
     log.line(f"config {dataclasses.asdict(config)}", console=False)
-    log.track(config)
     log.line(f"{steps} steps of {stream.step_tokens} tokens, {stream.steps_in_one_epoch} an epoch, seed {run.seed}")
     graphs_before = compiled_graphs()
     checkpoints = checkpoint.Writer(before=log.sync)
