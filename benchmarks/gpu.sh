@@ -2,9 +2,12 @@
 # benchmarks/gpu.sh INPUTS [RESULTS]: everything that needs a GPU, in at most 9 minutes, on a machine without a network.
 # INPUTS is a folder with docs_gpt2.tar.xz (GPT-2 token shards docs_gpt2/docs_train_*.bin and docs_gpt2/docs_val_*.bin)
 # and the wheels, dependencies too, of what the machine's Python lacks of numpy, tyro, pytest and hypothesis. RESULTS
-# (default benchmarks/results) gets <GPU name>.json. Each step has a time limit of its own; one that fails is written
-# down as failed and stops no other. PYTHON names the interpreter (default python3).
-# STEPS="limits bank-slice" runs these steps alone, those that prepare them aside.
+# (default benchmarks/results) gets <GPU name>.json, and logs.tgz if a step did not pass. Each step has a time limit of
+# its own; one that fails is written down as failed and stops no other. PYTHON names the interpreter (default python3).
+# STEPS="limits bank-slice" runs these steps alone, those that prepare them aside. Where nothing is compiled yet, 9
+# minutes are too few for all. Then it takes two calls, each with RESULTS of its own:
+#  STEPS="limits tests-symmetric step small"
+#  STEPS="bank-slice bank-eight-slices optimizer tests torchrun tests-triton bank-slice-triton bank-eight-slices-triton"
 # SMALL_SHAPES=1 takes every step at shapes of seconds, without a GPU too, on shards of tokens below 512 that start
 # documents with 0: to test this script, not to measure.
 set -uo pipefail
@@ -20,24 +23,26 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir "$work/runs" "$work/site" "$work/shards"
 export PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}"
-last_second=$((SECONDS + 520)) # 9 minutes, less what the last lines take
+last_second=$((SECONDS + 525)) # 9 minutes, less what the last lines take
 
-# step NAME LIMIT COMMAND...: runs it for at most LIMIT seconds and what is left of the 9 minutes.
+# step NAME LIMIT COMMAND...: runs it for at most LIMIT seconds and what is left of the 9 minutes. Told to end, it is
+# given `grace` seconds.
 step() {
-  local name=$1 limit=$2 began=$SECONDS left=$((last_second - SECONDS)) code=-1
+  local name=$1 limit=$2 began=$SECONDS grace=${grace:-5} code=-1
+  local left=$((last_second - grace - SECONDS))
   [[ " install shards ${STEPS:-$name} " == *" $name "* ]] || return 0
   shift 2
   [ "$limit" -le "$left" ] || limit=$left
   if [ "$limit" -gt 0 ]; then
-    timeout --kill-after=5 "$limit" "$@" >"$work/$name.out" 2>"$work/$name.err"
+    timeout --kill-after="$grace" "$limit" "$@" >"$work/$name.out" 2>"$work/$name.err"
     code=$?
   fi
   printf '%s\t%s\t%s\t%s\n' "$name" "$code" "$((SECONDS - began))" "$*" >>"$work/steps.tsv"
   echo "$name: exit code $code after $((SECONDS - began)) s" >&2
 }
 
-limits=() bank=(--presets record --seconds 2) eight_slices=(--tokens 98304) model=(record)
-triton=(--backend triton) short=() run=(--run.seconds 75) notes=()
+limits=() bank=(--presets record --seconds 2) eight_slices=(--tokens 98304) model=(record --seconds 8)
+triton=(--backend triton) short=() run=(--run.seconds 50 --run.val-at-seconds 25) notes=()
 if [ -n "${SMALL_SHAPES:-}" ]; then
   limits=(--matrix-size 128 --megabytes 8)
   bank=(--presets nano --tokens 128 --width 32 --expert-width 32 --experts 4 --dtypes float32 --seconds 0)
@@ -59,29 +64,44 @@ for package in numpy tyro pytest hypothesis; do
   "$python" -c "import $package" 2>/dev/null || missing+=("$package")
 done
 mapfile -t gpu_tests < <(grep -rl --include='test_*.py' 'mark\.gpu' tests | grep -v triton)
-triton_tests=(tests/ops/test_*_triton.py)
-# Where there is no Triton either, these have nothing to collect, which pytest calls a failure.
-[ -z "${SMALL_SHAPES:-}" ] || triton_tests+=("${gpu_tests[0]}")
+symmetric_tests=(tests/ops/test_symmetric_triton.py) triton_tests=(tests/ops/test_bank_triton.py)
+if [ -n "${SMALL_SHAPES:-}" ]; then
+  # Where there is no Triton either, these have nothing to collect, which pytest calls a failure.
+  symmetric_tests+=("${gpu_tests[0]}") triton_tests+=("${gpu_tests[0]}")
+fi
 
 if [ ${#missing[@]} -gt 0 ]; then
-  step install 60 "$python" -m pip install --no-index --find-links "$inputs" --target "$work/site" "${missing[@]}"
+  step install 30 "$python" -m pip install --no-index --find-links "$inputs" --target "$work/site" "${missing[@]}"
 fi
-step shards 30 tar -xJf "$inputs/docs_gpt2.tar.xz" -C "$work/shards" --no-same-owner
-step limits 25 "$python" -m benchmarks.limits "${limits[@]}" --json
-step bank-slice 50 "$python" -m benchmarks.bank "${bank[@]}" --json
-step bank-eight-slices 50 "$python" -m benchmarks.bank "${bank[@]}" "${eight_slices[@]}" --json
-step step 150 "$python" -m benchmarks.step "${model[@]}" --json
-step optimizer 40 "$python" -m benchmarks.optimizer "${model[@]}" --json
-step tests 90 "$python" -m pytest -m gpu "${gpu_tests[@]}"
-step torchrun 90 "$python" -m torch.distributed.run --nproc_per_node=1 --master-addr=127.0.0.1 --master-port=29517 \
-  train_switch_bank.py small "${data[@]}" --data.val-tokens 65536 "${short[@]}" --run.steps 20 \
-  --run.out "$work/runs/torchrun"
-step small 170 "$python" train_switch_bank.py small "${data[@]}" "${short[@]}" "${run[@]}" --run.profile \
+step shards 15 "$python" -m tarfile -e "$inputs/docs_gpt2.tar.xz" "$work/shards"
+# The first call. `limits` has time for a first import of torch; `small` is sure of 190 s, and takes what else is left.
+step limits 55 "$python" -m benchmarks.limits "${limits[@]}" --json
+# From here on these kernels work in every optimizer, so that is known first whether they are right.
+step tests-symmetric 60 "$python" -m pytest -m gpu "${symmetric_tests[@]}"
+step step 170 "$python" -m benchmarks.step "${model[@]}" --json
+step small 300 "$python" train_switch_bank.py small "${data[@]}" "${short[@]}" "${run[@]}" --run.profile \
   --run.out "$work/runs/small"
+# The second call.
+step bank-slice 75 "$python" -m benchmarks.bank "${bank[@]}" --json
+step bank-eight-slices 60 "$python" -m benchmarks.bank "${bank[@]}" "${eight_slices[@]}" --json
+step optimizer 60 "$python" -m benchmarks.optimizer "${model[@]}" --json
+step tests 90 "$python" -m pytest -m gpu "${gpu_tests[@]}"
+# torchrun starts its workers in a session of their own and kills those that do not end within 30 s: killed sooner
+# itself, it leaves them on the GPU.
+grace=35 step torchrun 150 "$python" -m torch.distributed.run --nproc_per_node=1 --master-addr=127.0.0.1 \
+  --master-port=29517 train_switch_bank.py small "${data[@]}" --data.val-tokens 65536 "${short[@]}" --run.steps 20 \
+  --run.out "$work/runs/torchrun"
 # Last: no GPU had run these kernels when they were written, and a kernel that hangs or writes where it must not takes
 # its process and its time with it.
 step tests-triton 100 "$python" -m pytest -m gpu "${triton_tests[@]}"
-step bank-slice-triton 50 "$python" -m benchmarks.bank "${bank[@]}" "${triton[@]}" --json
-step bank-eight-slices-triton 50 "$python" -m benchmarks.bank "${bank[@]}" "${eight_slices[@]}" "${triton[@]}" --json
+step bank-slice-triton 60 "$python" -m benchmarks.bank "${bank[@]}" "${triton[@]}" --json
+step bank-eight-slices-triton 60 "$python" -m benchmarks.bank "${bank[@]}" "${eight_slices[@]}" "${triton[@]}" --json
 
 "$python" -m benchmarks.results "$work" --out "$results" "${notes[@]}"
+code=$?
+if [ "$code" -ne 0 ] || cut -f 2 "$work/steps.tsv" | grep -qvx 0; then
+  mkdir -p "$results"
+  cd "$work" && find . \( -path ./site -o -path ./shards \) -prune -o -type f -size -8M ! -name '*.pt*' -print0 |
+    tar -czf "$results/logs.tgz" --null -T -
+fi
+exit "$code"

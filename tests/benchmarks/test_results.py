@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -16,10 +17,12 @@ from benchmarks.results import SchemaError, check, step_record, table
 from switch_bank.data import write_shard
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = [
-    "shards", "limits", "bank-slice", "bank-eight-slices", "step", "optimizer", "tests", "torchrun", "small",
-    "tests-triton", "bank-slice-triton", "bank-eight-slices-triton",
+FIRST_CALL = ["limits", "tests-symmetric", "step", "small"]
+SECOND_CALL = [
+    "bank-slice", "bank-eight-slices", "optimizer", "tests", "torchrun", "tests-triton", "bank-slice-triton",
+    "bank-eight-slices-triton",
 ]  # fmt: skip
+STEPS = ["shards", *FIRST_CALL, *SECOND_CALL]
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +68,28 @@ def test_steps_that_fail_stop_no_other_and_are_written_down_as_failed(broken):
     result, document = broken
     check(document)
     assert [step["name"] for step in document["steps"]] == STEPS
-    assert [step["status"] for step in document["steps"]] == ["passed"] + 11 * ["failed"]
-    for step in document["steps"][1:]:
+    for step in document["steps"]:
+        assert step["status"] == "failed"
         assert step["exit_code"] == 3 and "this Python is broken" in step["tail"]
     assert document["bank"] == document["step"] == document["optimizer"] == document["runs"] == []
     assert "| small | failed |" in result.stdout
+
+
+def test_the_logs_of_steps_that_fail_lie_beside_the_document(broken):
+    document = Path(broken[0].stdout.splitlines()[0])
+    with tarfile.open(document.parent / "logs.tgz") as logs:
+        names = logs.getnames()
+        assert logs.extractfile("./small.err").read() == b"this Python is broken\n"
+    assert set(names) == {"./steps.tsv", *(f"./{step}.{stream}" for step in STEPS for stream in ("out", "err"))}
+
+
+def test_the_steps_of_the_two_calls_are_all_and_those_before_small_leave_it_190_seconds():
+    script = (ROOT / "benchmarks" / "gpu.sh").read_text()
+    for call in (FIRST_CALL, SECOND_CALL):
+        assert f'#  STEPS="{" ".join(call)}"\n' in script
+    limits = {name: int(limit) for name, limit in re.findall(r"^ *(?:\w+=\d+ )?step ([\w-]+) (\d+) ", script, re.M)}
+    assert list(limits) == ["install", *STEPS]
+    assert sum(limits[name] for name in ("install", "shards", *FIRST_CALL[:-1])) + 190 <= 520
 
 
 def test_a_document_off_the_schema_is_refused_with_the_place(broken):
@@ -117,3 +137,4 @@ def test_every_step_of_gpu_sh_runs_on_a_cpu_at_small_shapes(inputs, tmp_path):
     assert small["val"][0]["train_time_s"] == pytest.approx(1, abs=0.9)
     assert document["profile"] and document["profile"][0]["ms"] > 0
     assert table(document) in result.stdout
+    assert [file.suffix for file in (tmp_path / "results").iterdir()] == [".json"]
