@@ -404,8 +404,11 @@ def on_stop_signals(handler: Callable[[int, Any], None]) -> None:
             signal.signal(number, handler)
 
 
-def interrupt(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt(number)
+def stop_at_once(number: int, frame: Any) -> None:
+    """For the time before the first step. Raises nothing: an exception in what starts a thread leaves one behind whose
+    end Python waits for in vain."""
+    os.write(2, b"stopped before its first step: nothing new to save\n")
+    os._exit(128 + number)
 
 
 def experts_start(config: Config, step: int) -> bool:
@@ -427,7 +430,7 @@ def largest_divisor(number: int, limit: int) -> int:
 if __name__ == "__main__":
     sys.stdout = sys.stdout or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")  # None where it was closed
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # no name of a folder ends a run
-    on_stop_signals(interrupt)
+    on_stop_signals(stop_at_once)
     try:
         arguments = parse(sys.argv[1:], default_preset="record" if torch.cuda.is_available() else "nano").check()
         world = distributed.start(arguments.run.timeout_seconds)
@@ -440,8 +443,6 @@ if __name__ == "__main__":
         message, exit_code = f"error: {error}", 1
     except Stopped as stopped:
         message, exit_code = str(stopped), stopped.exit_code
-    except KeyboardInterrupt as interrupted:
-        message, exit_code = "stopped before its first step: nothing new to save", 128 + interrupted.args[0]
     print(message, file=sys.stderr, end="\n" if message else "")
     if dist.is_initialized():
         dist.destroy_process_group()
