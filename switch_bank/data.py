@@ -312,8 +312,8 @@ def validation_batches(
     """The first `val_tokens` tokens of the shards, each the input of exactly one prediction over all processes.
 
     They are cut in order into slices; slice i goes to process i mod `world_size`. Every process gets the same number
-    of batches of inputs and targets, both int64 [slices_per_batch, slice_tokens] on the device. A short last slice,
-    and slices that only fill up a batch, have `eod_token` as input and `IGNORED_TARGET` as target.
+    of batches of inputs and targets, both int64 [slices_per_batch, slice_tokens] on the device. What fills up a short
+    last slice, or a batch, is one document a slice, with `IGNORED_TARGET` as targets.
 
     Raises DataError when a slice is no multiple of 128 tokens, or the shards hold fewer than `val_tokens` + 1 tokens.
     """
@@ -328,7 +328,8 @@ def validation_batches(
 
     def read_batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for batch in range(batches):
-            inputs = np.full((slices_per_batch, slice_tokens), eod_token, dtype=np.int64)
+            # Not all `eod_token`: flash-attn takes no documents of a token each.
+            inputs = np.full((slices_per_batch, slice_tokens), int(eod_token == 0), dtype=np.int64)
             targets = np.full((slices_per_batch, slice_tokens), IGNORED_TARGET, dtype=np.int64)
             for row in range(slices_per_batch):
                 start = ((batch * slices_per_batch + row) * world_size + rank) * slice_tokens
@@ -337,6 +338,7 @@ def validation_batches(
                     tokens = shards.read(start, count + 1)
                     inputs[row, :count] = tokens[:-1]
                     targets[row, :count] = tokens[1:]
+                    inputs[row, count : count + 1] = eod_token
             yield torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device)
 
     return read_batches()
