@@ -236,12 +236,20 @@ class Config:
             all(layer < model.layers for layer in model.skip_attention),
             "model.skip_attention", model.skip_attention, f"layers in 0..{model.layers - 1}",
         )  # fmt: skip
+        for option in ("width", "expert_width", "lora_rank"):
+            size = getattr(model, option)
+            _require(size % 8 == 0, f"model.{option}", size, "a multiple of 8 (grouped_mm's alignment)")
         _require(
-            model.lora_rank % 8 == 0, "model.lora_rank", model.lora_rank, "a multiple of 8 (grouped_mm's alignment)"
-        )
+            model.bank_backend != "triton" or model.adapter != "lora",
+            "model.bank_backend", model.bank_backend, "auto or grouped with adapter=lora",
+        )  # fmt: skip
         _require(
-            model.bank_backend != "triton" or model.adapter != "lora" and model.dtype != "float64",
-            "model.bank_backend", model.bank_backend, "auto or grouped with adapter=lora or dtype=float64",
+            model.bank_backend in ("auto", "reference") or model.dtype != "float64",
+            "model.bank_backend", model.bank_backend, "auto or reference with dtype=float64",
+        )  # fmt: skip
+        _require(
+            model.attention_backend != "flash" or model.dtype in ("auto", "bfloat16"),
+            "model.attention_backend", model.attention_backend, f"auto or reference with dtype={model.dtype}",
         )  # fmt: skip
         _require(data.slice_tokens % 128 == 0, "data.slice_tokens", data.slice_tokens, "a multiple of 128")
         _require(data.val_slice_tokens % 128 == 0, "data.val_slice_tokens", data.val_slice_tokens, "a multiple of 128")

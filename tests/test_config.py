@@ -132,9 +132,13 @@ def test_there_are_bounds_on_what_counts_and_scales() -> None:
         ("model", {"balance": "auxiliary"}, "model.balance"),
         ("model", {"reverse_ema": "acausal"}, "model.reverse_ema"),
         ("optim", {"muon": "adam"}, "optim.muon"),
+        ("model", {"width": 36, "heads": 3}, "model.width"),
+        ("model", {"expert_width": 12}, "model.expert_width"),
         ("model", {"lora_rank": 12}, "model.lora_rank"),
         ("model", {"bank_backend": "triton", "adapter": "lora"}, "model.bank_backend"),
         ("model", {"bank_backend": "triton", "dtype": "float64"}, "model.bank_backend"),
+        ("model", {"bank_backend": "grouped", "dtype": "float64"}, "model.bank_backend"),
+        ("model", {"attention_backend": "flash", "dtype": "float32"}, "model.attention_backend"),
         ("data", {"slice_tokens": 12_289}, "data.slice_tokens"),
         ("data", {"val_slice_tokens": 1000}, "data.val_slice_tokens"),
         ("schedule", {"activation": ()}, "schedule.activation"),
@@ -287,7 +291,7 @@ def test_a_configuration_survives_json(preset: str) -> None:
 def test_a_configuration_of_any_options_survives_json(data: st.DataObject) -> None:
     config = Config()
     tied_to_others = ["layers", "width", "heads", "top_k", "experts", "vocab_size", "eod_token", "value_embeddings"]
-    tied_to_others += ["lora_rank", "slice_tokens", "val_slice_tokens"]
+    tied_to_others += ["expert_width", "lora_rank", "slice_tokens", "val_slice_tokens"]
     for group, name, bound in bounded_options():
         if name in tied_to_others:
             continue
