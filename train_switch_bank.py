@@ -36,6 +36,7 @@ from switch_bank.model.gpt import SwitchBankGPT
 from switch_bank.model.router import RoutingSums
 from switch_bank.model.size import size_table
 from switch_bank.numerics import set_numerics
+from switch_bank.ops.attention import FLASH_ATTN_INSTALLED
 from switch_bank.optim.groups import QuantileClip, build_optimizers, in_backward_order, parameter_groups, set_rates
 from switch_bank.routing_metrics import RoutingMetrics
 from switch_bank.validation import least_share, validate
@@ -61,6 +62,11 @@ def main(config: Config, world: World) -> None:
     device, run = world.device, config.run
     if config.model.bank_backend == "triton" and device.type != "cuda":
         raise ConfigError("model.bank_backend is triton: it must be auto, reference or grouped without a CUDA GPU")
+    kernel = config.model.attention_backend
+    if kernel in ("flex", "flash") and device.type != "cuda":
+        raise ConfigError(f"model.attention_backend is {kernel}: it must be auto, reference or sdpa without a CUDA GPU")
+    if kernel == "flash" and not FLASH_ATTN_INSTALLED:
+        raise ConfigError("model.attention_backend is flash: it must be auto or flex where flash-attn is not installed")
     name = config.preset if config.model.causal else f"{config.preset}-NOT-CAUSAL"
     # torchrun --max-restarts starts all processes anew when one has died: from the last checkpoint, if there is one.
     begun = distributed.text_left()  # the folder, if an earlier attempt has begun to write there

@@ -223,13 +223,26 @@ def test_bad_input_gets_one_clear_line_and_exit_code_2(shards, tmp_path, options
     assert not (tmp_path / "bad" / "log.txt").exists()
 
 
-def test_kernels_that_need_a_gpu_are_refused_without_one():
+def refused(option, value, device):
+    """Why no run begins with a kernel, asked for by name, on a device."""
     from train_switch_bank import main
 
     nano = presets["nano"]
-    config = replace(nano, model=replace(nano.model, bank_backend="triton"))
-    with pytest.raises(ConfigError, match="model.bank_backend is triton: it must be .* without a CUDA GPU"):
-        main(config, World(0, 1, torch.device("cpu")))
+    with pytest.raises(ConfigError, match=f"model.{option} is {value}: it must be ") as error:
+        main(replace(nano, model=replace(nano.model, **{option: value})), World(0, 1, torch.device(device)))
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "kernel", [("bank_backend", "triton"), ("attention_backend", "flex"), ("attention_backend", "flash")]
+)
+def test_kernels_that_need_a_gpu_are_refused_without_one(kernel):
+    assert refused(*kernel, "cpu").endswith(" without a CUDA GPU")
+
+
+def test_flash_attn_is_refused_where_it_is_not_installed(monkeypatch):
+    monkeypatch.setattr("train_switch_bank.FLASH_ATTN_INSTALLED", False)
+    assert refused("attention_backend", "flash", "cuda").endswith(" where flash-attn is not installed")
 
 
 def test_processes_that_do_not_divide_the_slices_are_refused(shards, tmp_path):

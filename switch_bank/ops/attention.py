@@ -17,14 +17,18 @@ TOKENS_PER_DOCUMENT = 32  # flash: what a slice's documents must have on average
 
 
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend an option names. "auto" is flash-attn on CUDA if it is installed, else flex; on a CPU it is SDPA, but
-    in bfloat16 the plain matmuls of "reference", which took 11 ms where masked SDPA took 26 (forward and backward of a
-    layer of `nano`)."""
+    """The backend an option names. "auto" is flash-attn on CUDA for bfloat16 if it is installed, else flex; on a CPU it
+    is SDPA, but in bfloat16 the plain matmuls of "reference", which took 11 ms where masked SDPA took 26 (forward and
+    backward of a layer of `nano`). "flash" is "auto" where its kernels cannot run: a model trained with it is read on a
+    CPU, too."""
+    flash_runs = FLASH_ATTN_INSTALLED and device.type == "cuda" and dtype == torch.bfloat16
+    if name == "flash" and not flash_runs:
+        name = "auto"
     if name != "auto":
         return name
     if device.type == "cpu":
         return "reference" if dtype == torch.bfloat16 else "sdpa"
-    return "flash" if FLASH_ATTN_INSTALLED else "flex"
+    return "flash" if flash_runs else "flex"
 
 
 def build_mask(backend: str, document: Tensor, window: Tensor | int) -> Any:

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from switch_bank.ops.attention import BLOCK, _flash_mask, attention, build_mask
+from switch_bank.ops import attention as ops
+from switch_bank.ops.attention import BLOCK, _flash_mask, attention, build_mask, choose_backend
 
 SCALE = 0.12
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -161,6 +162,19 @@ def test_flash_gets_every_documents_start_in_a_shape_that_does_not_depend_on_the
     assert len(shapes) == 1 and shapes.pop()[1] == torch.int32
     with pytest.raises(TypeError, match="Python int"):
         _flash_mask(few, torch.tensor(100.0))
+
+
+def test_flash_is_for_bfloat16_on_cuda_where_it_is_installed_and_else_what_auto_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cpu, cuda, float32, bfloat16 = torch.device("cpu"), torch.device("cuda"), torch.float32, torch.bfloat16
+    for name in ("flash", "auto"):
+        monkeypatch.setattr(ops, "FLASH_ATTN_INSTALLED", True)
+        assert choose_backend(name, cuda, bfloat16) == "flash"
+        assert choose_backend(name, cuda, float32) == "flex"
+        assert (choose_backend(name, cpu, float32), choose_backend(name, cpu, bfloat16)) == ("sdpa", "reference")
+        monkeypatch.setattr(ops, "FLASH_ATTN_INSTALLED", False)
+        assert choose_backend(name, cuda, bfloat16) == "flex"
 
 
 @pytest.mark.slow
