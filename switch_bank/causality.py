@@ -220,7 +220,8 @@ def check_suffix(path: ComputePath, seed: int = 0) -> Finding:
 
 
 def check_gradients(path: ComputePath, seed: int = 0) -> Finding:
-    """(b) The gradient of logits at t with respect to the embeddings after t is exactly zero, and before t it is not.
+    """(b) The gradient of logits at t with respect to the embeddings after t is exactly zero, and before t it is not,
+    if the configuration has attention or an EMA to carry one.
 
     path: an eager one.
     """
@@ -247,10 +248,15 @@ def check_gradients(path: ComputePath, seed: int = 0) -> Finding:
         if len(read_at) and read_at[-1] > t:
             ahead.append((int(read_at[-1]) - t, t))
     name = f"gradient, {path.name}"
-    if not reads_back:
+    attends = any(layer not in config.skip_attention for layer in range(config.layers))
+    routers_read_ema = config.experts > 1 and (config.forward_ema or config.reverse_ema != "off")
+    if not reads_back and (attends or routers_read_ema):
         return Finding(name, False, "no gradient reaches any earlier token either: nothing can be said")
     detail = f"logits at {len(points)} positions of {tokens}, gradient to every later embedding "
-    return Finding(name, not ahead, detail + ("NOT 0" if ahead else "exactly 0") + _reading_ahead(ahead, "up to "))
+    detail += "NOT 0" if ahead else "exactly 0"
+    if not reads_back:
+        detail += ", to earlier ones too: no layer attends and no router reads an EMA"
+    return Finding(name, not ahead, detail + _reading_ahead(ahead, "up to "))
 
 
 @torch.no_grad()

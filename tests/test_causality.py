@@ -64,6 +64,8 @@ CAUSAL: list[dict[str, Any]] = [
     dict(shared=False, adapter="lora", top_k=2, position_bins=4),
     dict(always_on_expert=True, balance="bias", tied_layers=2, forward_ema=True),
     dict(experts=1),
+    dict(experts=1, skip_attention=(0, 1, 2)),  # here no token reads another one
+    dict(reverse_ema="off", skip_attention=(0, 1, 2)),  # and here none but the flags say what came before
     dict(layers=10, skip_attention=(5,), value_embeddings=2, ema_stride=4, width=16),
 ]
 LEAKY: list[dict[str, Any]] = [
