@@ -13,8 +13,9 @@ import torch
 from switch_bank import audit
 from switch_bank.causality import Finding
 from switch_bank.config import Config, presets
-from switch_bank.model.gpt import SwitchBankGPT
-from switch_bank.schedules import step_state
+from switch_bank.model import decode, gpt
+from switch_bank.model.gpt import Past, SwitchBankGPT
+from switch_bank.schedules import StepState, step_state
 from tests.runs import ROOT
 
 ConfigOf = Callable[..., Config]
@@ -65,6 +66,52 @@ def test_the_leak_shows_on_either_path(config_of: ConfigOf, options: dict[str, A
     findings = findings_of(config_of(reverse_ema="leaky", dtype=dtype, **options))
     assert not any(finding.passed for finding in findings) and len(findings) == 3
     assert audit.verdict(findings).startswith("NOT CAUSAL\n  suffix, float64 reference: FAILED: ")
+
+
+def failed_on_both_paths(config: Config) -> set[str]:
+    """The checks that fail exactly and as trained."""
+    names = [finding.name.split(",")[0] for finding in findings_of(config, whole=True) if not finding.passed]
+    return {name for name in names if names.count(name) == 2}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_decoding_shows_the_leak_on_both_paths(config_of: ConfigOf, dtype: str) -> None:
+    assert failed_on_both_paths(config_of(reverse_ema="leaky", dtype=dtype)) == {"suffix", "decode"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attention_that_ignores_documents_is_found_on_both_paths(
+    config_of: ConfigOf, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_mask = gpt.build_mask
+    monkeypatch.setattr(
+        gpt, "build_mask", lambda backend, document, window: build_mask(backend, torch.zeros_like(document), window)
+    )
+    # One expert: no token is sent elsewhere, and the logits alone must tell.
+    assert failed_on_both_paths(config_of(dtype=dtype, experts=1)) == {"decode", "packing"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_decoder_that_sends_tokens_elsewhere_is_found_on_both_paths(
+    config_of: ConfigOf, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def biased(*arguments: Any) -> Past:
+        past = nothing_read(*arguments)
+        bias = torch.tensor([100.0, 0, 0, 0])  # on the choice alone: gates, and so logits on given routes, stay
+        routers = [router._replace(balance_bias=bias) for router in past.weights.routers or []]
+        return replace(past, weights=past.weights._replace(routers=routers))
+
+    nothing_read = decode.nothing_read
+    monkeypatch.setattr(decode, "nothing_read", biased)
+    assert failed_on_both_paths(config_of(dtype=dtype, balance="bias")) == {"decode"}
+
+
+def test_a_decoder_that_forgets_too_early_is_found_on_both_paths_however_long_the_window_is(
+    config_of: ConfigOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing_read = decode.nothing_read
+    monkeypatch.setattr(decode, "nothing_read", lambda model, window, n: nothing_read(model, window - 2, n))
+    assert failed_on_both_paths(config_of(window=4096)) == {"decode"}
 
 
 @pytest.mark.slow
@@ -119,8 +166,24 @@ def test_the_command_says_what_was_tried_and_what_came_of_it(capsys: pytest.Capt
     assert audit.main([*TINY, "--model.dtype", "bfloat16"]) == 0
     said = capsys.readouterr().out
     assert "nano: " in said and "with random values, on cpu" in said
-    assert "bfloat16 as trained: reference attention, not compiled, 4 slices of 256 tokens" in said
+    assert "bfloat16 as trained: reference attention, not compiled, 4 slices of 256 tokens\n" in said
     assert "\ncausal: yes\n" in said and said.count("passed: ") == 7
+
+
+def test_on_a_cpu_fewer_and_shorter_slices_go_through_than_a_preset_for_gpus_has(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def findings(model: SwitchBankGPT, state: StepState, slices: int, tokens: int, *rest: Any, **named: Any) -> list:
+        shapes.append((slices, tokens))
+        return []
+
+    shapes: list[tuple[int, int]] = []
+    monkeypatch.setattr(audit, "findings", findings)
+    for together in ("16384", "17408"):
+        assert audit.main([*TINY, "--data.val-slice-tokens", "1024", "--run.tokens-per-forward", together]) == 0
+    assert shapes == [(16, 1024), (4, 512)]
+    said = capsys.readouterr().out
+    assert said.count("this is a CPU") == 1 and ", 4 slices of 512 tokens, not 17 of 1024: this is a CPU\n" in said
 
 
 def test_the_command_ends_with_1_where_the_preset_leaks(capsys: pytest.CaptureFixture[str]) -> None:
