@@ -1,8 +1,9 @@
 """Is it causal? What a run asks before its first step and after its last one, and anyone with
 `python -m switch_bank audit`.
 
-Each check of `causality` runs on two paths. The exact one, the reference kernels in float64, has no rounding that a
-leak could hide in. The real one is what the run computes with: its kernels, its dtype, compiled.
+Checks (a), (c) and (d) of `causality` run on two paths. The exact one, the reference kernels in float64, has no
+rounding that a leak could hide in. The real one is what the run computes with: its kernels, its dtype, compiled. Check
+(b) runs on the exact one alone, with the windows of the configuration.
 """
 
 import argparse
@@ -166,8 +167,8 @@ def main(arguments: list[str]) -> int:
     count = sum(parameter.numel() for parameter in model.parameters())
     print(
         f"{given.subject}: {count:,} parameters, {'with random values' if untrained else 'as trained'}, on {device}\n"
-        f"float64 reference: slices of {TOKENS} tokens, attention window {WINDOW}, reverse EMA's {REVERSE_WINDOW}; "
-        f"gradients with the windows of the configuration\n"
+        f"float64 reference: slices of {TOKENS} tokens, attention window {WINDOW}; gradients with the windows of the "
+        f"configuration\n"
         f"{compute_dtype(config.model.dtype, device)} as trained: {model.attention_backend} attention, "
         f"{'compiled' if config.run.compile else 'not compiled'}, {slices} slices of {tokens} tokens{shortened}",
         flush=True,

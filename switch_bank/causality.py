@@ -330,10 +330,8 @@ def _agreement(comparison: Comparison) -> str:
     text += f"{comparison.tolerance:g})"
     if comparison.margin == 0:
         return text + ", the same routes required"
-    return (
-        text
-        + f" on the same routes, {comparison.flipped} tokens would flip one by a margin below {comparison.margin:g}"
-    )
+    text += f" on the same routes, {comparison.flipped} tokens would flip one by a margin below {comparison.margin:g} "
+    return text + "* max(1, largest row norm of its router)"
 
 
 def _needed(path: ComputePath, stream: Tensor, logits: Tensor, t: int) -> int:
