@@ -126,7 +126,7 @@ def load(subject: str, options: list[str], device: torch.device) -> tuple[Config
     if not Path(subject).is_dir():
         raise ConfigError(f"{subject!r} is neither a run's folder nor a preset: presets are {', '.join(presets)}")
     if options:
-        raise ConfigError(f"{options[0]} cannot be changed: the run in {subject} has its own configuration")
+        raise ConfigError(f"{options[0]} is for presets: the run in {subject} has its own configuration")
     from switch_bank.export import load_model  # here, because the trainer imports this module and needs no hub client
 
     config, model = load_model(Path(subject), device)
@@ -135,18 +135,20 @@ def load(subject: str, options: list[str], device: torch.device) -> tuple[Config
 
 
 def main(arguments: list[str]) -> int:
-    """`python -m switch_bank audit`; returns the exit code: 0 causal, 1 not, 2 nothing there that could be audited."""
+    """`python -m switch_bank audit`; returns the exit code: 0 causal, 1 not, 2 not audited."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
-        description="Is it causal? Exit code 0 if the model's probabilities depend on no later token, 1 if they do.",
+        usage="%(prog)s [-h] RUN|PRESET [--group.option VALUE ...]",
+        description="Is it causal? Exit code 0 if the model's probabilities depend on no later token, 1 if they do, 2 "
+        "if that could not be tried.",
     )
     parser.add_argument(
-        "subject", metavar="RUN|PRESET", help="a run's folder, or a preset with --group.option VALUE ..."
+        "subject", metavar="RUN|PRESET", help="a run's folder, or a preset, whose options PRESET --help lists"
     )
-    given, options = parser.parse_known_args(arguments)
+    subject, options = parser.parse_args(arguments[:1]).subject, arguments[1:]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        config, model, state = load(given.subject, options, device)
+        config, model, state = load(subject, options, device)
     except (CheckpointError, ConfigError, ModelFolderError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -166,14 +168,18 @@ def main(arguments: list[str]) -> int:
         model.compile()
     count = sum(parameter.numel() for parameter in model.parameters())
     print(
-        f"{given.subject}: {count:,} parameters, {'with random values' if untrained else 'as trained'}, on {device}\n"
+        f"{subject}: {count:,} parameters, {'with random values' if untrained else 'as trained'}, on {device}\n"
         f"float64 reference: slices of {TOKENS} tokens, attention window {WINDOW}; gradients with the windows of the "
         f"configuration\n"
         f"{compute_dtype(config.model.dtype, device)} as trained: {model.attention_backend} attention, "
         f"{'compiled' if config.run.compile else 'not compiled'}, {slices} slices of {tokens} tokens{shortened}",
         flush=True,
     )
-    with random_parameters(model, config.run.seed) if untrained else nullcontext():
-        results = findings(model, state, slices, tokens, windows, whole=True, seed=config.run.seed)
+    try:
+        with random_parameters(model, config.run.seed) if untrained else nullcontext():
+            results = findings(model, state, slices, tokens, windows, whole=True, seed=config.run.seed)
+    except Exception as error:  # of any kind: Python would exit with 1, which says that the model is not causal
+        print(f"error: {type(error).__name__} in a check: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     print(f"{verdict(results)}\n{time.perf_counter() - began:.0f} s")
     return 0 if all(result.passed for result in results) else 1

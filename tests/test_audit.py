@@ -186,6 +186,19 @@ def test_on_a_cpu_fewer_and_shorter_slices_go_through_than_a_preset_for_gpus_has
     assert said.count("this is a CPU") == 1 and ", 4 slices of 512 tokens, not 17 of 1024: this is a CPU\n" in said
 
 
+def test_a_check_that_cannot_be_made_is_one_line_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*arguments: Any, **named: Any) -> list[Finding]:
+        raise torch.OutOfMemoryError("out of memory:\nno room for 1 GiB")
+
+    monkeypatch.setattr(audit, "findings", no_memory)
+    assert audit.main(TINY) == 2
+    said = capsys.readouterr()
+    assert "NOT CAUSAL" not in said.out
+    assert said.err == "error: OutOfMemoryError in a check: out of memory: no room for 1 GiB\n"
+
+
 def test_the_command_ends_with_1_where_the_preset_leaks(capsys: pytest.CaptureFixture[str]) -> None:
     assert audit.main([*TINY, "--model.reverse-ema", "leaky"]) == 1
     said = capsys.readouterr().out
@@ -206,7 +219,7 @@ def test_a_run_is_audited_as_it_was_trained(
     [
         (["namo"], "'namo' is neither a run's folder nor a preset: presets are record, small, nano, lora_moe"),
         (["tests"], "tests holds no model"),
-        (["tests", "--model.layers", "2"], "--model.layers cannot be changed: the run in tests"),
+        (["tests", "--model.layers", "2"], "--model.layers is for presets: the run in tests has its own configuration"),
         (["nano", "--model.layers", "1000"], "model.layers is 1000: it must be in 1..512"),
     ],
 )
@@ -229,8 +242,17 @@ def test_a_damaged_checkpoint_is_bad_input(
     assert "is damaged" in capsys.readouterr().err
 
 
-def test_the_command_line_without_a_subject_or_with_an_unknown_option_ends_with_2() -> None:
-    for arguments in ([], ["nano", "--model.depth", "3"]):
+@pytest.mark.parametrize(("arguments", "says"), [(["--help"], "RUN|PRESET"), (["nano", "--help"], "--model.layers")])
+def test_help_tells_what_can_be_asked_and_of_a_preset_its_options(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        audit.main(arguments)
+    assert exit_.value.code == 0 and says in capsys.readouterr().out
+
+
+def test_the_command_line_without_a_subject_in_front_or_with_an_unknown_option_ends_with_2() -> None:
+    for arguments in ([], ["--model.layers", "2", "nano"], ["nano", "--model.depth", "3"]):
         command = [sys.executable, "-m", "switch_bank", "audit", *arguments]
         result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         assert result.returncode == 2 and result.stderr and "Traceback" not in result.stderr
