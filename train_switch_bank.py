@@ -404,9 +404,9 @@ def main(config: Config, world: World) -> None:
 
 
 def on_stop_signals(handler: Callable[[int, Any], None]) -> None:
-    """Has `handler` called at what asks a run to stop, but for what this process was told to ignore, as by nohup."""
+    """Has `handler` called at what asks a run to stop; under nohup, the end of a terminal does not."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
 
 

@@ -263,12 +263,14 @@ def test_what_torch_saved_and_is_not_the_state_of_a_run_is_refused(cases: int, t
 def test_a_state_that_lacks_a_part_or_has_one_of_another_type_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
     assert load_checkpoint(path, sealed(packed(state()))) is not None
-    for part in checkpoint.PARTS:
+    for part, kind in checkpoint.PARTS.items():
         others = [{name: value for name, value in state().items() if name != part}]
-        others += [state() | {part: value} for value in (None, "text", [["text"]])]
+        others += [state() | {part: value} for value in (None, "text", {"text": 1} if kind is list else [["text"]])]
         for other in others:
             assert load_checkpoint(path, sealed(packed(other))) is None
-    for other in ([state()], torch.ones(3), 7, None):
+    for seconds in (float("nan"), float("inf"), -1.0):
+        assert load_checkpoint(path, sealed(packed(state() | {"seconds": seconds}))) is None
+    for other in (state() | {"readings": [["text"]]}, [state()], torch.ones(3), 7, None):
         assert load_checkpoint(path, sealed(packed(other))) is None
 
 
