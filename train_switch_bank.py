@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,20 +39,13 @@ from switch_bank.numerics import set_numerics
 from switch_bank.ops.attention import FLASH_ATTN_INSTALLED
 from switch_bank.optim.groups import QuantileClip, build_optimizers, in_backward_order, parameter_groups, set_rates
 from switch_bank.routing_metrics import RoutingMetrics
+from switch_bank.stopping import Stopped, on_stop_signals, stop_at_once
 from switch_bank.validation import least_share, validate
 
 
 class VoidError(ArithmeticError):
     """The loss, a gradient or a parameter is inf or NaN, or processes hold other weights: the message names the step,
     and the parts and the saved state."""
-
-
-class Stopped(Exception):
-    """The run was asked to stop, and did so after a whole step; the message says how to go on."""
-
-    def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message)
-        self.exit_code = 128 + signal_number
 
 
 def main(config: Config, world: World) -> None:
@@ -401,20 +394,6 @@ def main(config: Config, world: World) -> None:
 
         model.trained_state = last
         write_own_report(folder, config, model.uncompiled())
-
-
-def on_stop_signals(handler: Callable[[int, Any], None]) -> None:
-    """Has `handler` called at what asks a run to stop; under nohup, the end of a terminal does not."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, handler)
-
-
-def stop_at_once(number: int, frame: Any) -> None:
-    """For the time before the first step. Raises nothing: an exception in what starts a thread leaves one behind whose
-    end Python waits for in vain."""
-    os.write(2, b"stopped before its first step: nothing new to save\n")
-    os._exit(128 + number)
 
 
 def experts_start(config: Config, step: int) -> bool:
