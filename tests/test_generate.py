@@ -377,8 +377,12 @@ def test_text_comes_as_it_is_made_and_ctrl_c_ends_it(config: Config, model: Swit
     TOKENIZER.save(str(tmp_path / "tokenizer.json"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     endless = command(tmp_path, "--prompt", "abc", "--tokens", 10**9, "--temperature", 0)
+
+    def foreground() -> None:  # what a shell starts in the background is told to ignore Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
     with subprocess.Popen(
-        endless, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        endless, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=foreground
     ) as process:
         assert process.stdout is not None
         assert process.stdout.read(40).startswith(b"abc")
