@@ -168,13 +168,13 @@ def main(config: Config, world: World) -> None:
         candidates += model.named_parameters()
         candidates += [(f"the gradient of {n}", p.grad) for n, p in model.named_parameters() if p.grad is not None]
         parts = ", ".join(part for part, value in candidates if not bool(torch.isfinite(value).all()))
-        saved = f"the state is saved in {folder / 'nonfinite.pt'}"
+        state = f"the state is saved in {folder / 'nonfinite.pt'}"
         if world.rank == 0:
             try:
                 checkpoint.save(folder / "nonfinite.pt", run_state(step))
             except OSError as error:  # a full disk must not hide what has happened
-                saved = str(error)
-        raise VoidError(f"step {step}: not finite: {parts}; {saved}")
+                state = str(error)
+        raise VoidError(f"step {step}: not finite: {parts}; {state}")
 
     def require_sound(step: int) -> None:
         """Before weights are saved or validated: they are all processes' the same, and finite."""

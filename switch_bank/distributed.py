@@ -94,17 +94,12 @@ def naming_silent_peers(world: World, patience_seconds: float = 5) -> Iterator[N
         while silent and time.monotonic() < deadline:
             silent -= {rank for rank in silent if store.check([f"gave up/{rank}"])}
             time.sleep(0.05)
-        waited = {
-            rank for rank in range(world.size) if rank not in silent and b"imed out" in store.get(f"gave up/{rank}")
-        }
-        late = silent or set(range(world.size)) - waited
-        if len(late) == world.size:
+        missed, what = silent, "hung, killed, or ended by its own error"
+        if not silent:  # who gave up without having waited in vain had been given up itself
+            missed, what = {r for r in range(world.size) if b"imed out" not in store.get(f"gave up/{r}")}, "too late"
+        if len(missed) in (0, world.size):
             raise
-        ranks, what = (
-            ", ".join(map(str, sorted(late))),
-            "hung, killed, or ended by its own error" if silent else "too late",
-        )
-        raise PeerError(f"no answer from rank {ranks}: {what} ({reason})") from error
+        raise PeerError(f"no answer from rank {', '.join(map(str, sorted(missed)))}: {what} ({reason})") from error
 
 
 def flat_gradients(parameters: Iterable[nn.Parameter]) -> Tensor:
