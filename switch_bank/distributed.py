@@ -88,16 +88,18 @@ def naming_silent_peers(world: World, patience_seconds: float = 5) -> Iterator[N
             raise
         store = dist.distributed_c10d._get_default_store()  # outlives the group's broken connections
         reason = str(error).splitlines()[0]
-        store.set(f"gave up/{world.rank}", reason)
+        store.set(f"gave up/{world.rank}", f"{store.add('gave up', 1)} {reason}")
         silent = set(range(world.size)) - {world.rank}
         deadline = time.monotonic() + patience_seconds
         while silent and time.monotonic() < deadline:
             silent -= {rank for rank in silent if store.check([f"gave up/{rank}"])}
             time.sleep(0.05)
         missed, what = silent, "hung, killed, or ended by its own error"
-        if not silent:  # who gave up without having waited in vain had been given up itself
-            missed, what = {r for r in range(world.size) if b"imed out" not in store.get(f"gave up/{r}")}, "too late"
-        if len(missed) in (0, world.size):
+        if not silent:  # who gave up without having waited in vain had been given up itself; or else who did so last
+            said = {rank: store.get(f"gave up/{rank}").decode() for rank in range(world.size)}
+            missed = {rank for rank, words in said.items() if "imed out" not in words}
+            missed, what = missed or {max(said, key=lambda rank: int(said[rank].split()[0]))}, "too late"
+        if len(missed) == world.size:
             raise
         raise PeerError(f"no answer from rank {', '.join(map(str, sorted(missed)))}: {what} ({reason})") from error
 
