@@ -132,7 +132,7 @@ def test_no_graph_is_compiled_by_the_audit_at_the_end_of_a_run(config_of: Config
         graphs.append(graph)
         return graph.forward
 
-    for part in ("begin", "attend", "context", "route", "losses"):
+    for part in ("begin", "attend_and_route", "losses"):
         setattr(model, part, torch.compile(getattr(model, part), backend=counting, fullgraph=True, dynamic=False))
     state = step_state(presets["nano"].schedule.steps, config_of(), "cpu")
     with audit.random_parameters(model, 0):

@@ -26,8 +26,8 @@ from switch_bank.schedules import StepState, step_state
 SKIPS = {9: 6, 10: 4, 11: 2}  # U-net skips: layer -> the earlier layer whose output it gets
 
 # Of the forward, each compiled by itself.
-PARTS = ("begin", "attend", "context", "noise", "route", "feed_forward", "dense", "losses")
-LAYER_PARTS = ("attend", "route", "feed_forward", "dense")  # of them, those that hold the activations of a layer
+PARTS = ("begin", "noise", "attend_and_route", "feed_forward", "dense_block", "losses")
+LAYER_PARTS = ("attend_and_route", "feed_forward", "dense_block")  # of them, those that hold a layer's activations
 
 
 class Start(NamedTuple):
@@ -40,6 +40,27 @@ class Start(NamedTuple):
     long_mask: Any  # of ops.attention.build_mask
     short_mask: Any
     active: Tensor  # [E] bool: the experts that may be chosen
+
+
+class AttentionInputs(NamedTuple):
+    """What the attention of a block works with beside x."""
+
+    x0: Tensor  # [B, T, D]
+    skip: Tensor | None  # [B, T, D]: the output of an earlier block
+    scalars: Tensor  # [5]
+    qkvo: Tensor | None  # [4, D, D]; None in a block without attention
+    value_embedding: Tensor | None  # [B, T, D]
+    rotary: tuple[Tensor, Tensor]
+    mask: Any
+    ring: Ring | None
+
+
+class Group(NamedTuple):
+    """Layers that share their EMAs, as the first of them sees them."""
+
+    routers: tuple[RouterOfLayer, ...]
+    documents: Documents
+    sums: EmaSums | None  # the EMAs of streams before these tokens
 
 
 class LayerWeights(NamedTuple):
@@ -210,7 +231,7 @@ class SwitchBankGPT(nn.Module):
             noise = torch.zeros(*tokens.shape, config.experts, device=tokens.device)  # a step without noise adds this
         outputs: list[Tensor] = []
         routings: list[Routing] = []
-        context: list[Tensor] = []
+        contexts: list[Tensor] = []  # of the next layers of a group
         for layer in range(config.layers):
             skip = outputs[SKIPS[layer]] if layer in SKIPS else None
             attends = layer not in config.skip_attention
@@ -218,18 +239,22 @@ class SwitchBankGPT(nn.Module):
             mask = start.long_mask if layer % 4 == 3 else start.short_mask
             value_embedding = self._value_embedding(layer, start) if attends else None
             ring = past.rings[layer] if past is not None and attends else None
-            x, n = self.attend(x, start.x0, skip, scalars[layer], qkvo, value_embedding, start.rotary, mask, ring)
+            inputs = AttentionInputs(start.x0, skip, scalars[layer], qkvo, value_embedding, start.rotary, mask, ring)
             if routers is None:
-                x = self.dense(x, n, bank[layer])
+                x = self.dense_block(x, inputs, bank[layer])
             else:
-                if layer % config.ema_stride == 0:
-                    group = tuple(routers[layer : layer + config.ema_stride])
-                    sums = None if past is None else past.sums[layer // config.ema_stride]
-                    context = self.context(n, start.documents, group, sums)
                 if seed is not None and slices is not None:
                     noise = self.noise(seed, state, slices, tokens.shape[1], layer_index[layer])
-                of_layer = context[layer % config.ema_stride]
-                routing = self.route(n, routers[layer], of_layer, state, start.active, noise)
+                context: Tensor | Group
+                if layer % config.ema_stride == 0:
+                    sums = None if past is None else past.sums[layer // config.ema_stride]
+                    context = Group(tuple(routers[layer : layer + config.ema_stride]), start.documents, sums)
+                else:
+                    context = contexts.pop(0)
+                x, n, routing, more = self.attend_and_route(
+                    x, inputs, routers[layer], context, state, start.active, noise
+                )
+                contexts += more
                 x = self.feed_forward(x, n, bank[layer], routing.experts, routing.gates)
                 routings.append(routing)
             outputs.append(x)
@@ -265,49 +290,50 @@ class SwitchBankGPT(nn.Module):
             active=(state.active_experts > 0).view(1) if self.routers is None else self.routers.active(state),
         )
 
-    def attend(
-        self, x: Tensor, x0: Tensor, skip: Tensor | None, scalars: Tensor, qkvo: Tensor | None,
-        value_embedding: Tensor | None, rotary: tuple[Tensor, Tensor], mask: Any, ring: Ring | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """A block up to its attention. Returns x [B, T, D] and its norm, the bank's input."""
-        scalars = scalars.to(x.dtype)
-        if skip is not None:
-            x = x + scalars[0] * skip
-        x = scalars[1] * x + scalars[2] * x0
-        if qkvo is not None:
-            heads, backend, mix = self.config.heads, self.attention_backend, scalars[3:]
-            x = x + self_attention(qkvo, rms_norm(x), heads, rotary, value_embedding, mix, backend, mask, ring)
+    def attend_and_route(
+        self, x: Tensor, inputs: AttentionInputs, router: RouterOfLayer, context: Tensor | Group, state: StepState,
+        active: Tensor, noise: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Routing, list[Tensor]]:  # fmt: skip
+        """A block up to its bank: x [B, T, D], its norm, which is the bank's input, and where the tokens go. The first
+        layer of a group is given the group as context, and returns the contexts of the other layers, too."""
+        x, n = self.attend(x, inputs)
+        contexts = self.contexts(n, context) if isinstance(context, Group) else [context]
+        assert self.routers is not None
+        return x, n, self.routers(router, n, contexts[0], state, active, noise), contexts[1:]
+
+    def attend(self, x: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+        """A block's attention. Returns x [B, T, D] and its norm, the bank's input."""
+        scalars = inputs.scalars.to(x.dtype)
+        if inputs.skip is not None:
+            x = x + scalars[0] * inputs.skip
+        x = scalars[1] * x + scalars[2] * inputs.x0
+        if inputs.qkvo is not None:
+            x = x + self_attention(
+                inputs.qkvo, rms_norm(x), self.config.heads, inputs.rotary, inputs.value_embedding, scalars[3:],
+                self.attention_backend, inputs.mask, inputs.ring,
+            )  # fmt: skip
         return x, rms_norm(x)
 
-    def context(
-        self, n: Tensor, documents: Documents, routers: tuple[RouterOfLayer, ...], sums: EmaSums | None
-    ) -> list[Tensor]:
+    def contexts(self, n: Tensor, group: Group) -> list[Tensor]:
         """What is added to the logits that the token alone gives in each layer of a group, [B, T, E]: by bias, EMAs and
         flags. n is the bank's input of the group's first layer."""
         assert self.routers is not None
-        features = ema_features(n, documents, self.config, sums)
-        if documents.flags is not None:
-            features.append(documents.flags.to(torch.float64 if n.dtype == torch.float64 else torch.float32))
-        return self.routers.context_logits(n, features, routers)
+        features = ema_features(n, group.documents, self.config, group.sums)
+        if group.documents.flags is not None:
+            features.append(group.documents.flags.to(torch.float64 if n.dtype == torch.float64 else torch.float32))
+        return self.routers.context_logits(n, features, group.routers)
 
     def noise(self, seed: Tensor, state: StepState, slices: Tensor, tokens: int, layer: Tensor) -> Tensor:
         """The Gumbel noise of one layer's choices, [B, tokens, E]."""
         return gumbel(seed, state.step, slices, tokens, layer, self.config.experts)
 
-    def route(
-        self, n: Tensor, router: RouterOfLayer, context: Tensor, state: StepState, active: Tensor,
-        noise: Tensor | None,
-    ) -> Routing:  # fmt: skip
-        """Where a layer sends its tokens."""
-        assert self.routers is not None
-        return self.routers(router, n, context, state, active, noise)
-
     def feed_forward(self, x: Tensor, n: Tensor, experts: Experts, chosen: Tensor, gates: Tensor) -> Tensor:
         """x plus the bank's output."""
         return x + self.bank(experts, n, chosen, gates)
 
-    def dense(self, x: Tensor, n: Tensor, experts: Experts) -> Tensor:
-        """`feed_forward` for a bank of one expert, which leaves nothing to choose."""
+    def dense_block(self, x: Tensor, inputs: AttentionInputs, experts: Experts) -> Tensor:
+        """A whole block with a bank of one expert, which leaves nothing to choose."""
+        x, n = self.attend(x, inputs)
         one = torch.zeros_like(n[..., :1])
         return x + self.bank(experts, n, one.long(), one + 1)
 

@@ -366,7 +366,7 @@ def test_blocks_are_wired_as_designed(config_of: ConfigOf, model_of: ModelOf, op
                 qkvo = model.attention[str(layer // config.model.tied_layers)]
                 table = layer if layer < tables else layer - (layers - tables) if layer >= layers - tables else None
                 value_embedding = None if table is None else model.value_embeddings[table](tokens).double()
-                rotary, mask = inputs[6:8]
+                rotary, mask = inputs[1].rotary, inputs[1].mask
                 # Long windows on every fourth layer, half of it elsewhere; the second document has 91 tokens.
                 assert (mask[0, 0, -1] == 0).sum() == (91 if layer % 4 == 3 else 50)
                 attention = self_attention(
