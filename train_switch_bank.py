@@ -78,8 +78,7 @@ def main(config: Config, world: World) -> None:
     data = config.data
     train_shards = Shards.open(data.train, config.model.vocab_size)
     val_shards = Shards.open(data.val, config.model.vocab_size)
-    own_slices = data.slices_per_step // world.size
-    slices_together = largest_divisor(own_slices, run.tokens_per_forward // data.slice_tokens)
+    slices_together = config.slices_together(world.size, device)
     stream = TokenStream(
         train_shards, data.slice_tokens, data.slices_per_step, world.rank, world.size, device, slices_together
     )
@@ -118,7 +117,8 @@ def main(config: Config, world: World) -> None:
         model = SwitchBankGPT(config.model)
     if run.recompute:
         model.recompute_layers()
-    gradients = distributed.Gradients(in_backward_order(model), own_slices // slices_together)
+    backwards = data.slices_per_step // world.size // slices_together
+    gradients = distributed.Gradients(in_backward_order(model), backwards)
     muon, adam = build_optimizers(model, config)
     optim = config.optim
     clip = QuantileClip(parameter_groups(model)["routers"], optim.router_clip_quantile, optim.router_clip_history)
@@ -405,11 +405,6 @@ def experts_start(config: Config, step: int) -> bool:
 def compiled_graphs() -> int:
     """How many graphs dynamo has handed to the compiler so far."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
-def largest_divisor(number: int, limit: int) -> int:
-    """The largest divisor of `number` that is at most `limit`, and at least 1."""
-    return max((divisor for divisor in range(1, min(number, limit) + 1) if number % divisor == 0), default=1)
 
 
 if __name__ == "__main__":

@@ -53,10 +53,7 @@ class TrainingStep:
     def __init__(self, config: Config, shards: Shards, world: distributed.World) -> None:
         data, run, self.device = config.data, config.run, world.device
         self.config = config
-        mine = data.slices_per_step // world.size
-        self.slices_together = max(
-            n for n in range(1, mine + 1) if mine % n == 0 and n <= max(1, run.tokens_per_forward // data.slice_tokens)
-        )
+        self.slices_together = config.slices_together(world.size, world.device)
         self.stream = TokenStream(
             shards, data.slice_tokens, data.slices_per_step, world.rank, world.size, world.device, self.slices_together
         )
@@ -65,7 +62,8 @@ class TrainingStep:
             self.model = SwitchBankGPT(config.model)
         if run.recompute:
             self.model.recompute_layers()
-        self.gradients = distributed.Gradients(in_backward_order(self.model), mine // self.slices_together)
+        backwards = data.slices_per_step // world.size // self.slices_together
+        self.gradients = distributed.Gradients(in_backward_order(self.model), backwards)
         self.muon, self.adam = build_optimizers(self.model, config)
         routers = parameter_groups(self.model)["routers"]
         self.clip = QuantileClip(routers, config.optim.router_clip_quantile, config.optim.router_clip_history)

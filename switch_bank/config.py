@@ -5,6 +5,7 @@ Defaults are the `record` preset; the other presets say only where they differ. 
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType, UnionType
@@ -173,6 +174,7 @@ class RunConfig:
     profile: bool = False  # write a trace of the 12th to 14th step into the run's folder
     compile: bool = True
     tokens_per_forward: Count = 32_768  # slices go through together up to this many: record keeps 0.9 MB a token
+    same_on_processes: Count = 8  # on a CPU, any number that divides this takes the same steps to the bit; 1: fastest
     recompute: bool = False  # compute a layer's activations again in the backward instead of keeping them
     log_every: Count = 25  # steps
     track: Literal["none", "trackio", "wandb", "tensorboard"] = "none"  # where metrics are sent to as well
@@ -214,6 +216,15 @@ class Config:
         )
         run = dataclasses.replace(self.run, steps=steps, seconds=None)
         return dataclasses.replace(self, schedule=schedule, run=run)
+
+    def slices_together(self, processes: int, device: torch.device) -> int:
+        """How many slices of a step each of `processes` processes sends through the model at a time: what memory
+        allows; on a CPU no more than each of run.same_on_processes could, so that sums are taken in the same order."""
+        step, limit = self.data.slices_per_step, self.run.tokens_per_forward // self.data.slice_tokens
+        slices = step // processes
+        if device.type == "cpu":
+            slices = math.gcd(slices, step // math.gcd(step, self.run.same_on_processes))
+        return max(n for n in range(1, slices + 1) if slices % n == 0 and n <= max(1, limit))
 
     def check(self, world_size: int = 1) -> "Config":
         """The configuration itself, if it can run on `world_size` processes; otherwise raises ConfigError."""
@@ -403,10 +414,10 @@ _nano = Config(
     ),
     data=DataConfig(
         train="data/local/train_*.bin", val="data/local/val_*.bin",
-        val_tokens=131_072, slice_tokens=256, slices_per_step=16, val_slice_tokens=256, repeat=True,
+        val_tokens=131_072, slice_tokens=256, slices_per_step=32, val_slice_tokens=256, repeat=True,
     ),
     # At record's 0.095 every logit is at the cap after 100 steps, at 0.003 after 600, and no router learns any more.
-    optim=OptimConfig(router_lr=0.0003, head_lr=0.01),
+    optim=OptimConfig(muon_lr=0.05, embedding_lr=0.5, head_lr=0.02, router_lr=0.0003),
     run=RunConfig(seconds=200, val_at_seconds=(30, 60, 120, 180), tokens_per_forward=2048),
 )  # fmt: skip
 
@@ -435,6 +446,6 @@ presets: dict[str, Config] = {
         schedule=dataclasses.replace(
             _nano.schedule, activation=((0, 1.0),), gumbel_windows=((0, 600),), prune_at=None, prune_below=0.0,
         ),
-        data=dataclasses.replace(_nano.data, slice_tokens=512, slices_per_step=8, val_slice_tokens=512),
+        data=dataclasses.replace(_nano.data, slice_tokens=512, slices_per_step=16, val_slice_tokens=512),
     ),
 }  # fmt: skip

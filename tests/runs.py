@@ -22,8 +22,7 @@ def byte_documents(files: list[Path], eod: int) -> np.ndarray:
 
 
 def tiny(shards: Path) -> list[str]:
-    """Options of a run of seconds: a small model in float32, without compilation. A slice goes through at a time, so
-    that any number of processes that divides 8 takes the same steps, to the bit."""
+    """Options of a run of seconds: a small model in float32, without compilation."""
     return [
         "nano", "--data.train", f"{shards}/train_*.bin", "--data.val", f"{shards}/val_*.bin",
         "--data.val-tokens", "20001", "--data.slice-tokens", "512", "--data.val-slice-tokens", "512",
@@ -32,6 +31,7 @@ def tiny(shards: Path) -> list[str]:
         "--model.vocab-size", "257", "--model.eod-token", str(EOD), "--model.layers", "2", "--model.width", "32",
         "--model.value-embeddings", "1", "--model.heads", "2", "--model.experts", "4", "--model.expert-width", "32",
         "--model.dtype", "float32", "--optim.muon-dtype", "float32", "--model.window", "128",
+        "--optim.muon-lr", "0.025", "--optim.embedding-lr", "0.3", "--optim.head-lr", "0.01",
         "--run.val-at-seconds",  # at none: what a run does must not depend on the machine's speed
     ]  # fmt: skip
 

@@ -154,13 +154,12 @@ def test_nano_takes_the_same_steps_on_two_processes_as_on_two_threads(shards, tm
 
 
 @pytest.mark.slow
-def test_nano_takes_the_same_steps_on_up_to_eight_processes_where_two_slices_go_through_together(shards, tmp_path):
-    options = [*nano(shards), "--run.tokens-per-forward", "512"]
-    one = train(options, tmp_path / "one")
+def test_nano_takes_the_same_steps_on_up_to_eight_processes(shards, tmp_path):
+    one = train(nano(shards), tmp_path / "one")
     assert one.returncode == 0, one.stderr
     for processes in (2, 4, 8):
         out = tmp_path / str(processes)
-        assert train(options, out, processes).returncode == 0
+        assert train(nano(shards), out, processes).returncode == 0
         assert_bit_identical(out, (tmp_path / "one", one))
 
 
