@@ -1,5 +1,6 @@
 """`python -m switch_bank VERB ...`: what can be done with a run, or with what it left behind."""
 
+import os
 import signal
 import sys
 from importlib import import_module
@@ -25,5 +26,6 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  None where it was closed
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends a verb silently, as it does other programs
     sys.exit(main(sys.argv[1:]))

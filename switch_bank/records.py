@@ -82,7 +82,7 @@ def remarks(log: Log) -> Iterator[str]:
         if not Path(path).is_file():
             yield f"data: {path} is not here, its checksum was not compared"
     for name in ("config.json", "metrics.jsonl"):
-        if not (log.path.parent / name).exists():
+        if not (log.path.parent / name).is_file():
             yield f"{name} is not beside the log and was not compared"
     yield from (line for line in log.lines if line.startswith("result: "))
 
@@ -175,7 +175,7 @@ def check_verdicts(log: Log) -> Iterator[str]:
 def check_options(log: Log, parts: list[Part]) -> Iterator[str]:
     """The configuration is that of config.json, of the run's name and length, and the same at each resume."""
     beside = log.path.parent / "config.json"
-    if beside.exists():
+    if beside.is_file():
         text = beside.read_text(encoding="utf-8", errors="replace")
         if wrong := differences(parts[0].options, read_options(text, json.loads, "config.json")[0]):
             yield f"the config line and config.json: {wrong}"
@@ -264,7 +264,7 @@ def check_all_steps_are_there(log: Log, parts: list[Part]) -> Iterator[str]:
 def check_metrics(log: Log, parts: list[Part]) -> Iterator[str]:
     """metrics.jsonl holds the losses of the log, and every validation read the same tokens."""
     beside = log.path.parent / "metrics.jsonl"
-    if not beside.exists():
+    if not beside.is_file():
         return
     in_log, in_metrics = [loss for part in parts for loss in part.losses], []
     for number, line in enumerate(beside.read_bytes().splitlines(), 1):

@@ -370,6 +370,12 @@ def test_a_terminal_that_lacks_a_character_gets_another_one(folder: Path) -> Non
     assert ended.returncode == 0 and ended.stderr == b"" and ended.stdout.startswith(b"F??e ? ?")
 
 
+def test_text_that_nobody_reads_is_no_error(folder: Path) -> None:
+    unread = ["sh", "-c", '"$@" >&-', "sh", *command(folder, "--prompt", PROMPT, "--tokens", 5)]
+    ended = subprocess.run(unread, cwd=ROOT, stderr=subprocess.PIPE, timeout=500)
+    assert ended.returncode == 0 and ended.stderr == b""
+
+
 def test_text_comes_as_it_is_made_and_ctrl_c_ends_it(config: Config, model: SwitchBankGPT, tmp_path: Path) -> None:
     weights = model.state_dict() | {"head": model.head.detach().clone()}
     weights["head"][EOD] = 0  # never the likeliest: the document has no end

@@ -319,6 +319,14 @@ def test_a_line_of_metrics_that_is_too_deep_is_named(copy, verify):
     assert verify(copy)[1] == [f"line {number} of metrics.jsonl cannot be read"]
 
 
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl"])
+def test_a_neighbour_that_is_no_file_is_not_waited_for(copy, capsys, name):
+    (copy / name).unlink()
+    os.mkfifo(copy / name)
+    assert main(["verify", str(copy / "log.txt")]) == 0
+    assert f"{name} is not beside the log and was not compared" in capsys.readouterr().out
+
+
 def test_a_config_json_that_is_not_the_logs_is_named(copy, verify):
     change(copy / "config.json", r'"muon_lr": 0.025', '"muon_lr": 0.05')
     assert verify(copy)[1] == ["the config line and config.json: optim.muon_lr is 0.025 and 0.05"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from switch_bank.config import Config, ConfigError, from_dict
+from switch_bank.config import Config, from_dict
 from switch_bank.export import causal_verdict
 from switch_bank.read_log import Log
 
@@ -36,7 +36,7 @@ class Run:
         """Raises ReportError, ConfigError, LogError or OSError where a file is missing or damaged."""
         try:
             config = from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-        except (json.JSONDecodeError, UnicodeDecodeError, ConfigError) as error:
+        except (ValueError, RecursionError) as error:  # no JSON, too deep, no UTF-8, or no configuration
             raise ReportError(f"{folder / 'config.json'} is not a run's configuration: {error}") from error
         log = folder / "log.txt"
         causal = causal_verdict(Log.read(log), config) if log.exists() else "there is no log.txt to say so"
@@ -58,7 +58,7 @@ def _metrics(path: Path) -> dict[str, list[dict[str, Any]]]:
     for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         try:
             line = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ReportError(f"{path}, line {number} is not JSON: {error}; delete that line") from error
         kind = line.get("kind") if isinstance(line, dict) else None
         if kind not in NEEDED or not NEEDED[kind] <= line.keys():
