@@ -67,13 +67,31 @@ def self_attention(
     # A scale a row, so that its gradient is summed by rows: how one sum of all is cut up depends on the threads.
     value = F.linear(n, mix[0].expand(n.shape[2], 1) * weight[2])
     if value_embedding is not None:
-        value = value + mix[1] * value_embedding
+        value = value + scaled(value_embedding, mix[1])
     value = value.view(shape)
     if ring is not None:
         key, value = ring.read(key, value)
         backend = "reference" if backend == "reference" else "sdpa"  # the others take no ring
     y = attention(backend, query, key, value, mask, SCALE)
     return F.linear(y.flatten(2), weight[3])
+
+
+def scaled(x: Tensor, scalar: Tensor) -> Tensor:
+    """scalar · x, of a 0-dim parameter. Its gradient is summed in float64: the order, which threads change, does not
+    show."""
+    return _Scaled.apply(x, scalar)
+
+
+class _Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scalar):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, scalar)
+        return scalar * x
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        x, scalar = ctx.saved_tensors
+        return grad * scalar, (grad * x).sum(dtype=torch.float64).to(scalar.dtype)
 
 
 def rms_norm(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from switch_bank.config import Config, ModelConfig, compute_dtype
-from switch_bank.model.attention import Ring, attention_matrices, rms_norm, rotary_tables, self_attention
+from switch_bank.model.attention import Ring, attention_matrices, rms_norm, rotary_tables, scaled, self_attention
 from switch_bank.model.bank import Bank, Experts
 from switch_bank.model.features import Documents, EmaSums, documents_of, ema_features
 from switch_bank.model.folder import ModelFolderError, read_folder
@@ -305,8 +305,8 @@ class SwitchBankGPT(nn.Module):
         """A block's attention. Returns x [B, T, D] and its norm, the bank's input."""
         scalars = inputs.scalars.to(x.dtype)
         if inputs.skip is not None:
-            x = x + scalars[0] * inputs.skip
-        x = scalars[1] * x + scalars[2] * inputs.x0
+            x = x + scaled(inputs.skip, scalars[0])
+        x = scaled(x, scalars[1]) + scaled(inputs.x0, scalars[2])
         if inputs.qkvo is not None:
             x = x + self_attention(
                 inputs.qkvo, rms_norm(x), self.config.heads, inputs.rotary, inputs.value_embedding, scalars[3:],

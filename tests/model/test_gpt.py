@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from switch_bank.config import Config, presets
 from switch_bank.distributed import flat_gradients
-from switch_bank.model.attention import rms_norm, rotary_tables, self_attention
+from switch_bank.model.attention import rms_norm, rotary_tables, scaled, self_attention
 from switch_bank.model.gpt import SwitchBankGPT
 from switch_bank.ops.attention import build_mask
 from switch_bank.ops.head import IGNORE
@@ -381,6 +381,16 @@ def test_blocks_are_wired_as_designed(config_of: ConfigOf, model_of: ModelOf, op
             x = expected + output
             outputs.append(x)
         torch.testing.assert_close(hidden, x)
+
+
+def test_the_gradient_of_a_scalar_is_a_float64_sum_rounded_once() -> None:
+    x, direction = (torch.randn(4, 256, 32, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    x, scalar = x.requires_grad_(), torch.tensor(0.7, requires_grad=True)
+    y = scaled(x, scalar)
+    y.backward(direction)
+    assert x.grad is not None and scalar.grad is not None
+    assert torch.equal(y, 0.7 * x) and torch.equal(x.grad, 0.7 * direction)
+    assert scalar.grad == (direction * x).double().sum().float() != (direction * x).sum()
 
 
 def test_self_attention_is_the_formula() -> None:
