@@ -78,9 +78,10 @@ def main(config: Config, world: World) -> None:
     data = config.data
     train_shards = Shards.open(data.train, config.model.vocab_size)
     val_shards = Shards.open(data.val, config.model.vocab_size)
-    slices_together = config.slices_together(world.size, device)
+    microbatch_slices, microbatches = config.microbatch(world.size, device)
+    slices_together = microbatch_slices * (microbatches or 1)
     stream = TokenStream(
-        train_shards, data.slice_tokens, data.slices_per_step, world.rank, world.size, device, slices_together
+        train_shards, data.slice_tokens, data.slices_per_step, world.rank, world.size, device, microbatch_slices
     )
     val_slices_together = max(1, run.tokens_per_forward // data.val_slice_tokens)
 
@@ -118,7 +119,7 @@ def main(config: Config, world: World) -> None:
     if run.recompute:
         model.recompute_layers()
     backwards = data.slices_per_step // world.size // slices_together
-    gradients = distributed.Gradients(in_backward_order(model), backwards)
+    gradients = distributed.Gradients(in_backward_order(model, microbatches), backwards)
     muon, adam = build_optimizers(model, config)
     optim = config.optim
     clip = QuantileClip(parameter_groups(model)["routers"], optim.router_clip_quantile, optim.router_clip_history)
@@ -144,10 +145,12 @@ def main(config: Config, world: World) -> None:
         gradients.zero_()
         sums = torch.zeros((), dtype=torch.float64, device=device)  # exact, whatever the order
         for some in zip(*(part.split(slices_together) for part in (inputs, targets, stream.own_slices)), strict=True):
-            output = model(some[0], some[1], states[step], some[2], seed if noise else None, window_of(step))
+            noise_seed = seed if noise else None
+            output = model(some[0], some[1], states[step], some[2], noise_seed, window_of(step), microbatches)
             share = slices_together / data.slices_per_step
             gradients.backward(output.loss * share)
-            sums = sums + torch.cat([output.cross_entropy.view(1).double() * share, output.routing.flat()])
+            of_forward = output.token_losses.sum(dtype=torch.float64) / stream.step_tokens
+            sums = sums + torch.cat([of_forward.view(1), output.routing.flat()])
         gradients.wait()
         loss, routing_row = distributed.summed(sums).float().tensor_split([1])
         routing = RoutingSums.from_flat(routing_row, *picks.shape)

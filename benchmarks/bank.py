@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.measure import alternate, dense_ffn, device_name, quartiles, random_like, show, start_device
@@ -20,6 +20,8 @@ from switch_bank.config import ModelConfig
 from switch_bank.model.bank import Bank, Experts
 from switch_bank.model.router import RouterOfLayer, Routers, Routing
 from switch_bank.ops.bank import Adapter, expert_ffn
+from switch_bank.ops.bank_cpu import Arranged
+from switch_bank.ops.microbatches import per_microbatch
 from switch_bank.schedules import StepState
 
 
@@ -30,11 +32,12 @@ class Shape(NamedTuple):
     experts: int
     top_k: int
     layers: int = 1  # that share the bank
+    microbatches: int = 1  # if more, gradients are summed by microbatch, as in training on a CPU
 
 
 SHAPES = {
     "record": [Shape(12_288, 896, 1024, experts, 1, 28) for experts in (8, 64)],  # one slice, as on each of 8 GPUs
-    "nano": [Shape(4096, 128, 256, 16, 1, 4)],
+    "nano": [Shape(8192, 128, 256, 16, 1, 4, 8)],
 }
 ROUTINGS = ("balanced", "skewed")
 BACKENDS = ("auto", "grouped", "triton", "reference")
@@ -73,7 +76,9 @@ class BankLayer:
         for name, parameter in [*self.bank.named_parameters(), *self.routers.named_parameters()]:
             around, scale = (name == "adapters.scale"), 0.3 if "adapters" in name else parameter.shape[-1] ** -0.5
             parameter.data.copy_(around + scale * torch.randn_like(parameter))
-            parameter.grad = torch.zeros_like(parameter)
+        self.microbatches = shape.microbatches if shape.microbatches > 1 else None
+        for parameter in [*self.bank.parameters(), *self.routers.parameters()]:
+            zero_gradient(parameter, self.microbatches)
         self.backend = self.bank.backend(dtype, shape.tokens)
         eager = not compile or self.backend == "avx512"  # which is compiled already
         self.forward = torch.compile(self.bank.forward, fullgraph=True, dynamic=False, disable=eager)
@@ -94,13 +99,13 @@ class BankLayer:
         return self._step(self.experts(), chosen, direction)
 
     def experts(self) -> Experts:
-        return self.bank.of_layers(self.backend, self.dtype)[0]
+        return self.bank.of_layers(self.backend, self.dtype, self.microbatches)[0]
 
     def shared_step(self, experts: Experts, chosen: Tensor, direction: Tensor) -> Tensor:
         """`step` as one more layer adds it to a forward that has arranged the experts already."""
-        if experts.arranged is not None:
+        if isinstance(experts.matrices, Arranged):
             link = torch.zeros((), requires_grad=True)  # no gradient goes on from here to the parameters
-            experts = experts._replace(arranged=experts.arranged._replace(link=link))
+            experts = experts._replace(matrices=experts.matrices._replace(link=link))
         return self._step(experts, chosen, direction)
 
     def _step(self, experts: Experts, chosen: Tensor, direction: Tensor) -> Tensor:
@@ -112,7 +117,7 @@ class BankLayer:
     def router_step(self) -> None:
         """Forward and backward of the router, of the token alone: logits, noise, top-K, gates."""
         self.n.grad = None
-        routing = self.route(self.n, self.routers.of_layers()[0])
+        routing = self.route(self.n, self.routers.of_layers(self.microbatches)[0])
         torch.autograd.backward(
             [routing.gates, routing.probabilities], [self.gate_direction, self.probability_direction]
         )
@@ -129,14 +134,22 @@ class DenseLayer:
         hidden, width = layer.shape.top_k * layer.shape.expert_width, layer.shape.width
         self.w1 = random_like((hidden, width), layer.device, torch.float32, width**-0.5).requires_grad_()
         self.w2 = random_like((width, hidden), layer.device, torch.float32, hidden**-0.5).requires_grad_()
+        self.microbatches = layer.microbatches
         for weight in (self.w1, self.w2):
-            weight.grad = torch.zeros_like(weight)
+            zero_gradient(weight, self.microbatches)
         self.forward = torch.compile(dense_ffn, fullgraph=True, dynamic=False, disable=not layer.compile)
         self.n, self.direction = layer.n, layer.direction
 
     def step(self) -> None:
         self.n.grad = None
-        self.forward(self.n, self.w1, self.w2).backward(self.direction)
+        w1, w2 = (per_microbatch(weight, self.microbatches) for weight in (self.w1, self.w2))
+        self.forward(self.n, w1, w2).backward(self.direction)
+
+
+def zero_gradient(parameter: nn.Parameter | Tensor, microbatches: int | None) -> None:
+    """As `distributed.Gradients` has it during a backward: float64 where microbatches are summed up."""
+    parameter.grad_dtype = None
+    parameter.grad = torch.zeros_like(parameter, dtype=torch.float32 if microbatches is None else torch.float64)
 
 
 def largest_error(layer: BankLayer, chosen: Tensor) -> float:
@@ -157,12 +170,10 @@ def largest_error(layer: BankLayer, chosen: Tensor) -> float:
         return value.grad
 
     n, gates = rounded(layer.n[0, sample]), rounded(layer.gates[0, sample])
-    w1, w2, adapter, _ = layer.experts()
-    assert adapter.scale is not None and adapter.bias is not None
+    bank = layer.bank
+    stacked = [bank.w1, bank.w2, bank.adapters["scale"][0], bank.adapters["bias"][0]]
     # One leaf an expert: the gradient of a slice of them all would be as large as they all, for each.
-    experts = [
-        [rounded(part[e : e + 1]) for part in (w1, w2, adapter.scale, adapter.bias)] for e in range(layer.shape.experts)
-    ]
+    experts = [[rounded(part[e : e + 1]) for part in stacked] for e in range(layer.shape.experts)]
     y = torch.zeros_like(n)
     for e, (own_w1, own_w2, scale, bias) in enumerate(experts):
         own_gates = torch.where(chosen[0, sample] == e, gates, 0.0)
@@ -171,11 +182,10 @@ def largest_error(layer: BankLayer, chosen: Tensor) -> float:
     y.backward(direction[0, sample].float())
 
     found_y = layer.step(chosen, direction)
-    bank = layer.bank
     pairs = [(found_y[0, sample], y.detach())]
     pairs += [(gradient(layer.n)[0, sample], gradient(n)), (gradient(layer.gates)[0, sample], gradient(gates))]
-    stacked = [bank.w1, bank.w2, bank.adapters["scale"], bank.adapters["bias"]]
-    for whole, parts in zip(stacked, zip(*experts, strict=True), strict=True):
+    whole_parameters = [bank.w1, bank.w2, bank.adapters["scale"], bank.adapters["bias"]]
+    for whole, parts in zip(whole_parameters, zip(*experts, strict=True), strict=True):
         pairs.append((gradient(whole).view_as(whole), torch.cat([gradient(part) for part in parts]).view_as(whole)))
     error = max(float((found - wanted).abs().max() / wanted.abs().max()) for found, wanted in pairs)
     if not error <= TOLERANCE[layer.dtype]:
@@ -192,7 +202,7 @@ def measure(layer: BankLayer, dense: DenseLayer, routing: str, error: float, sec
         "alone": lambda: layer.step(next(drawn), layer.direction),
         "router": layer.router_step,
     }
-    if experts.arranged is not None:
+    if isinstance(experts.matrices, Arranged):
         functions["shared"] = lambda: layer.shared_step(experts, next(drawn), layer.direction)
     times = alternate(functions, layer.device, seconds, warm_up=DRAWN)
     medians = {name: statistics.median(of_name) for name, of_name in times.items()}
@@ -226,7 +236,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bank", description=__doc__.splitlines()[0])
     parser.add_argument("--presets", nargs="+", choices=SHAPES, default=list(SHAPES), help="whose shapes")
     parser.add_argument("--experts", nargs="+", type=int, help="instead of the preset's")
-    for option in ("tokens", "width", "expert-width", "top-k", "layers"):
+    for option in ("tokens", "width", "expert-width", "top-k", "layers", "microbatches"):
         parser.add_argument(f"--{option}", type=int, help="instead of the preset's")
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], help="default: all that the device has")
     parser.add_argument("--routings", nargs="+", choices=ROUTINGS, default=list(ROUTINGS))
@@ -236,15 +246,17 @@ def main() -> int:
     parser.add_argument("--profile", action="store_true", help="also print to stderr what each operation costs")
     parser.add_argument("--json", action="store_true", help="an object a line")
     options = parser.parse_args()
-    given = {name: getattr(options, name) for name in ("tokens", "width", "expert_width", "top_k", "layers")}
+    given = {name: getattr(options, name) for name in Shape._fields if name != "experts"}
     given = {name: value for name, value in given.items() if value is not None}
     shapes = [shape._replace(**given) for preset in options.presets for shape in SHAPES[preset]]
     if options.experts:
         shapes = [shape._replace(experts=experts) for shape in shapes for experts in options.experts]
     shapes = list(dict.fromkeys(shapes))
     for shape in shapes:
-        if min(shape) < 1 or shape.top_k > shape.experts:
-            parser.error(f"{shape}: every number must be at least 1, and top_k at most experts")
+        if min(shape) < 1 or shape.top_k > shape.experts or shape.tokens % shape.microbatches:
+            parser.error(
+                f"{shape}: every number must be at least 1, top_k at most experts, and microbatches divide tokens"
+            )
     device = start_device()
     if options.backend == "triton" and device.type != "cuda":
         parser.error("--backend triton takes a CUDA GPU: there is none")

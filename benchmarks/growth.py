@@ -110,7 +110,7 @@ def main() -> int:
     parser.add_argument("--picture", metavar="FILE.png", help="also draw it")
     parser.add_argument("--json", action="store_true", help="an object a line")
     options = parser.parse_args()
-    shape = SHAPES[options.preset][0]
+    shape = SHAPES[options.preset][0]._replace(microbatches=1)
     token_counts: Sequence[int] = options.tokens
     if options.tokens is None:
         token_counts = [int(shape.tokens * factor) for factor in TOKEN_FACTORS]

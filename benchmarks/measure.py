@@ -14,6 +14,7 @@ from torch import Tensor
 
 from switch_bank.config import Config, ConfigError, parse
 from switch_bank.numerics import set_numerics
+from switch_bank.ops.microbatches import linear
 from switch_bank.run_log import cpu_name
 
 FEWEST, MOST = 5, 200  # repetitions
@@ -131,8 +132,9 @@ def memory_bandwidth(device: torch.device, megabytes: int) -> float:
 
 
 def dense_ffn(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-    """The feed-forward that a bank layer is measured against. x [N, D]; w1 [F, D] and w2 [D, F] float32."""
-    return F.linear(F.relu(F.linear(x, w1.to(x.dtype))).square(), w2.to(x.dtype))
+    """The feed-forward that a bank layer is measured against. x [N, D]; w1 [F, D] and w2 [D, F] float32, or those per
+    microbatch."""
+    return linear(F.relu(linear(x, w1.to(x.dtype))).square(), w2.to(x.dtype))
 
 
 def show(row: dict[str, Any], as_json: bool, text: str) -> None:

@@ -34,7 +34,8 @@ SCHEMA: dict[str, Any] = {
     }],
     "bank": [{
         "device": str, "dtype": str, "backend": str, "routing": str, "repetitions": int,
-        "shape": {"tokens": int, "width": int, "expert_width": int, "experts": int, "top_k": int, "layers": int},
+        "shape": {"tokens": int, "width": int, "expert_width": int, "experts": int, "top_k": int, "layers": int,
+                  "microbatches": int},
         "dense_ms": NUMBER, "bank_ms": NUMBER, "ratio": NUMBER, "alone_ms": NUMBER, "router_ms": NUMBER,
         "largest_error": NUMBER,
         "dense_quartiles_ms": [NUMBER], "bank_quartiles_ms": [NUMBER],

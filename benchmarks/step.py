@@ -53,9 +53,10 @@ class TrainingStep:
     def __init__(self, config: Config, shards: Shards, world: distributed.World) -> None:
         data, run, self.device = config.data, config.run, world.device
         self.config = config
-        self.slices_together = config.slices_together(world.size, world.device)
+        microbatch_slices, self.microbatches = config.microbatch(world.size, world.device)
+        self.slices_together = microbatch_slices * (self.microbatches or 1)
         self.stream = TokenStream(
-            shards, data.slice_tokens, data.slices_per_step, world.rank, world.size, world.device, self.slices_together
+            shards, data.slice_tokens, data.slices_per_step, world.rank, world.size, world.device, microbatch_slices
         )
         torch.manual_seed(run.seed)
         with self.device:
@@ -63,7 +64,7 @@ class TrainingStep:
         if run.recompute:
             self.model.recompute_layers()
         backwards = data.slices_per_step // world.size // self.slices_together
-        self.gradients = distributed.Gradients(in_backward_order(self.model), backwards)
+        self.gradients = distributed.Gradients(in_backward_order(self.model, self.microbatches), backwards)
         self.muon, self.adam = build_optimizers(self.model, config)
         routers = parameter_groups(self.model)["routers"]
         self.clip = QuantileClip(routers, config.optim.router_clip_quantile, config.optim.router_clip_history)
@@ -87,10 +88,11 @@ class TrainingStep:
         sums = torch.zeros((), dtype=torch.float64, device=self.device)
         own = (inputs, targets, self.stream.own_slices)
         for some in zip(*(part.split(self.slices_together) for part in own), strict=True):
-            output = model(some[0], some[1], state, some[2], seed, self.window(step))
+            output = model(some[0], some[1], state, some[2], seed, self.window(step), self.microbatches)
             share = self.slices_together / config.data.slices_per_step
             self.gradients.backward(output.loss * share)
-            sums = sums + torch.cat([output.cross_entropy.view(1).double() * share, output.routing.flat()])
+            of_forward = output.token_losses.sum(dtype=torch.float64) / self.stream.step_tokens
+            sums = sums + torch.cat([of_forward.view(1), output.routing.flat()])
         self.gradients.wait()
         loss, routing_row = distributed.summed(sums).float().tensor_split([1])
         counts = RoutingSums.from_flat(routing_row, *self.picks.shape).counts

@@ -174,7 +174,7 @@ class RunConfig:
     profile: bool = False  # write a trace of the 12th to 14th step into the run's folder
     compile: bool = True
     tokens_per_forward: Count = 32_768  # slices go through together up to this many: record keeps 0.9 MB a token
-    same_on_processes: Count = 8  # on a CPU, any number that divides this takes the same steps to the bit; 1: fastest
+    same_on_processes: Count = 8  # on a CPU, any number that divides this takes the same steps to the bit
     recompute: bool = False  # compute a layer's activations again in the backward instead of keeping them
     log_every: Count = 25  # steps
     track: Literal["none", "trackio", "wandb", "tensorboard"] = "none"  # where metrics are sent to as well
@@ -217,14 +217,20 @@ class Config:
         run = dataclasses.replace(self.run, steps=steps, seconds=None)
         return dataclasses.replace(self, schedule=schedule, run=run)
 
-    def slices_together(self, processes: int, device: torch.device) -> int:
-        """How many slices of a step each of `processes` processes sends through the model at a time: what memory
-        allows; on a CPU no more than each of run.same_on_processes could, so that sums are taken in the same order."""
-        step, limit = self.data.slices_per_step, self.run.tokens_per_forward // self.data.slice_tokens
-        slices = step // processes
-        if device.type == "cpu":
-            slices = math.gcd(slices, step // math.gcd(step, self.run.same_on_processes))
-        return max(n for n in range(1, slices + 1) if slices % n == 0 and n <= max(1, limit))
+    def microbatch(self, processes: int, device: torch.device) -> tuple[int, int | None]:
+        """The slices of a microbatch, and how many microbatches each of `processes` processes sends through the model
+        at a time (see `switch_bank.ops.microbatches`; None: one, and no care is taken).
+
+        A microbatch is what memory allows; on a CPU no more than each of run.same_on_processes could send, so that it
+        is the same slices for them all, and as many go through together as memory allows."""
+        step, limit = self.data.slices_per_step, max(1, self.run.tokens_per_forward // self.data.slice_tokens)
+        own = step // processes
+        most = math.gcd(own, step // math.gcd(step, self.run.same_on_processes)) if device.type == "cpu" else own
+        slices = max(n for n in range(1, most + 1) if most % n == 0 and n <= limit)
+        if device.type != "cpu":
+            return slices, None
+        # A power of two: a mean over so many of them is divided exactly.
+        return slices, max(2**n for n in range(16) if own % (2**n * slices) == 0 and 2**n * slices <= limit)
 
     def check(self, world_size: int = 1) -> "Config":
         """The configuration itself, if it can run on `world_size` processes; otherwise raises ConfigError."""
@@ -418,7 +424,7 @@ _nano = Config(
     ),
     # At record's 0.095 every logit is at the cap after 100 steps, at 0.003 after 600, and no router learns any more.
     optim=OptimConfig(muon_lr=0.05, embedding_lr=0.5, head_lr=0.02, router_lr=0.0003),
-    run=RunConfig(seconds=200, val_at_seconds=(30, 60, 120, 180), tokens_per_forward=2048),
+    run=RunConfig(seconds=200, val_at_seconds=(30, 60, 120, 180), tokens_per_forward=8192),
 )  # fmt: skip
 
 presets: dict[str, Config] = {

@@ -215,9 +215,9 @@ def _check_slice(slice_tokens: int) -> None:
 
 class TokenStream:
     """Training batches: step n reads `slices_per_step * slice_tokens` tokens in a row from stream position
-    `n * slices_per_step * slice_tokens`. Each `slices_together` slices in a row are a group, and group i of the step
-    belongs to process i mod `world_size`, so that a group is the same slices on any number of processes. `own_slices`
-    are the indices in the step of this process's slices, int64 on the device.
+    `n * slices_per_step * slice_tokens`. Each `microbatch_slices` slices in a row are a microbatch, and
+    microbatch i of the step belongs to process i mod `world_size`, so that it is the same slices on any number of
+    processes. `own_slices` are the indices in the step of this process's slices, int64 on the device.
 
     `batch(step)` is a pure function of the step. While the caller works on a step, a background thread reads the next
     one (into pinned memory for a CUDA device). `steps_in_one_epoch` is the number of steps, targets included, before
@@ -234,28 +234,28 @@ class TokenStream:
         rank: int,
         world_size: int,
         device: torch.device | str,
-        slices_together: int = 1,
+        microbatch_slices: int = 1,
     ) -> None:
         _check_slice(slice_tokens)
-        if slices_per_step < 1 or slices_per_step % (world_size * slices_together):
+        if slices_per_step < 1 or slices_per_step % (world_size * microbatch_slices):
             raise DataError(
-                f"{world_size} processes cannot share {slices_per_step} slices a step evenly, {slices_together} at a "
-                "time; choose a number of slices that the number of processes divides"
+                f"{world_size} processes cannot share {slices_per_step} slices a step evenly, {microbatch_slices} a "
+                "microbatch; choose a number of slices that the number of processes divides"
             )
         self.shards = shards
         self.slice_tokens = slice_tokens
         self.slices_per_step = slices_per_step
         self.rank = rank
         self.world_size = world_size
-        self.slices_together = slices_together
+        self.microbatch_slices = microbatch_slices
         self.device = torch.device(device)
         self.step_tokens = slices_per_step * slice_tokens
         self.steps_in_one_epoch = (shards.total - 1) // self.step_tokens
         self._pinned = self.device.type == "cuda"
         if self._pinned and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
-        groups = torch.arange(slices_per_step, device=self.device).view(-1, slices_together)
-        self.own_slices = groups[rank::world_size].flatten()
+        microbatches = torch.arange(slices_per_step, device=self.device).view(-1, microbatch_slices)
+        self.own_slices = microbatches[rank::world_size].flatten()
         self._reader = ThreadPoolExecutor(1, "token-stream", self._enter_thread)
         self._ahead: tuple[int, Future[torch.Tensor]] | None = None
 
@@ -267,12 +267,12 @@ class TokenStream:
         """int64 [2, slices of this process, slice_tokens]: inputs and targets, in host memory."""
         # One read of the whole step: opening the file costs more than the slices of the other processes.
         read = self.shards.read(step * self.step_tokens, self.step_tokens + 1).astype(np.int64)
-        group = (self.slices_together, self.slice_tokens)
+        shape = (-1, self.microbatch_slices, self.slice_tokens)
         mine = slice(self.rank, None, self.world_size)
         own = self.slices_per_step // self.world_size
         pair = torch.empty(2, own, self.slice_tokens, dtype=torch.int64, pin_memory=self._pinned)
         for half, tokens in zip(pair, (read[:-1], read[1:]), strict=True):
-            half.view(-1, *group).copy_(torch.from_numpy(tokens.reshape(-1, *group)[mine]))
+            half.view(shape).copy_(torch.from_numpy(tokens.reshape(shape)[mine]))
         return pair
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,7 +16,6 @@ from torch.distributed.rendezvous import rendezvous
 
 BUCKET = 2**18  # numbers, at least, that are summed over the processes in one call
 LEFT = "left for the next attempt"  # a key of torchrun's store
-PIECE = 2**17  # numbers of which a float64 copy stays in a core's cache
 
 
 class World(NamedTuple):
@@ -109,36 +108,40 @@ def flat_gradients(parameters: Iterable[nn.Parameter]) -> Tensor:
     zeroes, reduces or inspects them all. Gradients must be zeroed by `.zero_()` of the result, never set to None."""
     parameters = list(parameters)
     flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+    _set_gradients(parameters, flat)
+    return flat
+
+
+def _set_gradients(parameters: list[nn.Parameter], flat: Tensor) -> None:
     for parameter, view in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         parameter.grad = view.view_as(parameter)
-    return flat
 
 
 class Gradients:
     """The gradients of a step: sums over its backwards, `backwards` of them on each process, and over the processes.
 
-    `flat` [all numbers of the parameters] float32 holds them in the order of `parameters`, and each parameter's `.grad`
-    is a view into it. A step is `zero_()`, then `backward(loss)` as often as said, then `wait()`; after it, `flat` has
-    the sums, and zeros for a parameter that no loss depends on.
+    A step is `zero_()`, then `backward(loss)` as often as said, then `wait()`. After it `flat` [all numbers of the
+    parameters] float32 has the sums in the order of `parameters`, zeros for a parameter that no loss depends on, and
+    each parameter's `.grad` is a view into it.
 
     Sums over processes begin during the last backward, in buckets of parameters that follow one another: a bucket when
     the gradients of all its parameters are there and those before it have begun, so that all processes begin them in
     one order. `parameters` should therefore come in the order in which a backward finishes them.
 
-    On a CPU, sums of more than two are float64 and are rounded to float32 once. A sum of a few float32 numbers is exact
-    in float64 (or so near that another order rounds otherwise once in some 10^8), so the number of processes does not
-    show. On a GPU they are float32.
+    On a CPU they are summed in float64, which is what `.grad` is during a backward, and rounded to float32 once. A sum
+    of a few float32 numbers is exact in float64 (or so near that another order rounds otherwise once in some 10^8), so
+    the number of processes does not show. On a GPU they are float32.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], backwards: int) -> None:
-        parameters = list(parameters)
-        self.flat = flat_gradients(parameters)
+        self.parameters = list(parameters)
+        self.flat = flat_gradients(self.parameters)
         self.backwards = backwards
-        # The float32 sum of two numbers is their float64 sum, rounded once.
-        self.exact = self.flat.device.type == "cpu" and backwards * dist.get_world_size() > 2
-        self.sums = torch.zeros_like(self.flat, dtype=torch.float64) if self.exact else self.flat
+        self.exact = self.flat.device.type == "cpu"
+        self.sums = self.flat.double() if self.exact else self.flat
         sizes, self.parameters_in = [0], [0]  # of each bucket
-        for parameter in parameters:
+        for parameter in self.parameters:
+            parameter.grad_dtype = None if self.exact else torch.float32
             if sizes[-1] >= BUCKET:
                 sizes.append(0)
                 self.parameters_in.append(0)
@@ -149,9 +152,7 @@ class Gradients:
         self.zero_()
 
     def zero_(self) -> None:
-        self.flat.zero_()
-        if self.exact:
-            self.sums.zero_()
+        self.sums.zero_()
         self.backwards_left = self.backwards
         self.missing = self.parameters_in.copy()  # gradients that are not there yet in the last backward, by bucket
         self.begun: list[dist.Work] = []
@@ -159,10 +160,9 @@ class Gradients:
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of a 0-dim loss; in the last backward of a step, begins to add up over the processes."""
         self.backwards_left -= 1
+        _set_gradients(self.parameters, self.sums)
         loss.backward()
-        if self.backwards_left > 0 and self.exact:
-            _add_exactly(self.sums, self.flat)
-            self.flat.zero_()
+        _set_gradients(self.parameters, self.flat)  # the compiler wants a gradient of the parameter's own dtype
 
     def _arrived(self, bucket: int, parameter: Tensor) -> None:
         if self.backwards_left > 0:
@@ -172,9 +172,7 @@ class Gradients:
             self._begin_next()
 
     def _begin_next(self) -> None:
-        flat, sums = self.buckets[len(self.begun)]
-        if self.exact:
-            _add_exactly(sums, flat)
+        _, sums = self.buckets[len(self.begun)]
         self.begun.append(dist.all_reduce(sums, async_op=True))
 
     def wait(self) -> None:
@@ -185,12 +183,6 @@ class Gradients:
             wait_for(work)
             if self.exact:
                 flat.copy_(sums)
-
-
-def _add_exactly(sums: Tensor, flat: Tensor) -> None:
-    """sums += flat, of float64 and float32 [N]; piece by piece, as torch first makes a float64 copy of what it adds."""
-    for some_sums, some in zip(sums.split(PIECE), flat.split(PIECE), strict=True):
-        some_sums.add_(some)
 
 
 def wait_for(work: dist.Work) -> None:

@@ -178,18 +178,23 @@ def test_the_slices_of_a_step_are_shared_evenly_by_the_processes() -> None:
 
 
 @given(st.integers(1, 64), st.sampled_from([1, 2, 4, 6, 8]), st.integers(1, 64))
-def test_on_a_cpu_slices_go_through_in_the_same_groups_on_every_number_of_processes_that_was_asked_for(
+def test_on_a_cpu_microbatches_are_the_same_on_every_number_of_processes_that_was_asked_for(
     slices: int, same_on: int, most: int
 ) -> None:
     config = changed(Config(), "data", slices_per_step=slices, slice_tokens=128)
     config = changed(config, "run", same_on_processes=same_on, tokens_per_forward=128 * most)
-    groups = {p: config.slices_together(p, torch.device("cpu")) for p in range(1, slices + 1) if slices % p == 0}
-    assert all(slices // p % together == 0 and together <= most for p, together in groups.items())
-    assert len({together for p, together in groups.items() if same_on % p == 0}) == 1
+    found = {p: config.microbatch(p, torch.device("cpu")) for p in range(1, slices + 1) if slices % p == 0}
+    assert len({of_microbatch for p, (of_microbatch, _) in found.items() if same_on % p == 0}) == 1
+    for p, (of_microbatch, together) in found.items():
+        assert together is not None
+        assert slices // p % (of_microbatch * together) == 0 and of_microbatch * together <= most
+        # As many go through together as fit; a power of two, by which a mean is divided without rounding.
+        twice = 2 * of_microbatch * together
+        assert together.bit_count() == 1 and (twice > most or slices // p % twice)
     # No more is asked of a GPU than that they fit; nor of a CPU, for a single process.
     largest = max(n for n in range(1, min(slices, most) + 1) if slices % n == 0)
-    assert config.slices_together(1, torch.device("cuda")) == largest
-    assert same_on > 1 or groups[1] == largest
+    assert config.microbatch(1, torch.device("cuda")) == (largest, None)
+    assert same_on > 1 or found[1] == (largest, 1)
 
 
 @given(st.integers(1, 20_000), st.sampled_from(list(presets)))

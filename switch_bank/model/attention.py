@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from switch_bank.ops import attention_cpu
 from switch_bank.ops.attention import attention
+from switch_bank.ops.microbatches import linear, scaled
 
 SCALE = 0.12  # of the scores; q and k are normed, so it does not depend on the head's width
 
@@ -54,8 +55,9 @@ def self_attention(
     qkvo: Tensor, n: Tensor, heads: int, rotary: tuple[Tensor, Tensor], value_embedding: Tensor | None, mix: Tensor,
     backend: str, mask: Any, ring: Ring | None = None,
 ) -> Tensor:  # fmt: skip
-    """n: [B, T, D]; value_embedding: [B, T, D] or None; mix: [2], the weights of v and of the value embedding. With a
-    ring, these tokens are the next ones after those that it holds."""
+    """qkvo: [4, D, D]; n: [B, T, D]; value_embedding: [B, T, D] or None; mix: [2], the weights of v and of the value
+    embedding. qkvo and mix may be per microbatch. With a ring, these tokens are the next ones after those that it
+    holds."""
     shape = (*n.shape[:2], -1, n.shape[2] // heads)
     weight = qkvo.to(n.dtype)
     if ring is not None and backend != "reference" and attention_cpu.takes(n):
@@ -63,35 +65,17 @@ def self_attention(
         return attention_cpu.attend_token(
             n, weight, rotary, value_embedding, mix, mask, ring.keys, ring.values, place, SCALE
         )
-    query, key = rotate(rms_norm(F.linear(n, weight[:2].flatten(0, 1)).view(shape)), rotary).chunk(2, dim=2)
+    query, key = rotate(rms_norm(linear(n, weight[..., :2, :, :].flatten(-3, -2)).view(shape)), rotary).chunk(2, dim=2)
     # A scale a row, so that its gradient is summed by rows: how one sum of all is cut up depends on the threads.
-    value = F.linear(n, mix[0].expand(n.shape[2], 1) * weight[2])
+    value = linear(n, mix[..., 0, None, None].expand(*mix.shape[:-1], n.shape[2], 1) * weight[..., 2, :, :])
     if value_embedding is not None:
-        value = value + scaled(value_embedding, mix[1])
+        value = value + scaled(value_embedding, mix[..., 1])
     value = value.view(shape)
     if ring is not None:
         key, value = ring.read(key, value)
         backend = "reference" if backend == "reference" else "sdpa"  # the others take no ring
     y = attention(backend, query, key, value, mask, SCALE)
-    return F.linear(y.flatten(2), weight[3])
-
-
-def scaled(x: Tensor, scalar: Tensor) -> Tensor:
-    """scalar · x, of a 0-dim parameter. Its gradient is summed in float64: the order, which threads change, does not
-    show."""
-    return _Scaled.apply(x, scalar)
-
-
-class _Scaled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, scalar):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x, scalar)
-        return scalar * x
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        x, scalar = ctx.saved_tensors
-        return grad * scalar, (grad * x).sum(dtype=torch.float64).to(scalar.dtype)
+    return linear(y.flatten(2), weight[..., 3, :, :])
 
 
 def rms_norm(x: Tensor) -> Tensor:

@@ -8,15 +8,15 @@ from torch import Tensor, nn
 from switch_bank.config import ModelConfig
 from switch_bank.ops import bank_cpu
 from switch_bank.ops.bank import Adapter, choose_backend, expert_ffn
+from switch_bank.ops.microbatches import per_microbatch
 
 
 class Experts(NamedTuple):
-    """The experts as one layer sees them."""
+    """The experts as one layer sees them; matrices and adapters may be per microbatch."""
 
-    w1: Tensor  # [E, F, D]
-    w2: Tensor  # [E, D, F]
+    matrices: tuple[Tensor, Tensor] | bank_cpu.Arranged  # w1 [E, F, D] and w2 [E, D, F], or as backend "avx512" reads
     adapter: Adapter  # parts [E, ...]
-    arranged: bank_cpu.Arranged | None = None  # w1 and w2 as the kernel of backend "avx512" reads them
+    always_on: tuple[Tensor, Tensor] | None  # w1 [1, F, D] and w2 [1, D, F] of the expert that works on every token
 
 
 class Bank(nn.Module):
@@ -52,34 +52,37 @@ class Bank(nn.Module):
         plain = config.adapter != "lora" and config.width % 2 == config.expert_width % 2 == 0
         return choose_backend(config.bank_backend, self.w1.device, dtype, tokens, plain)
 
-    def of_layers(self, backend: str, dtype: torch.dtype) -> list[Experts]:
+    def of_layers(self, backend: str, dtype: torch.dtype, microbatches: int | None = None) -> list[Experts]:
         """One Experts a layer, for products by `backend` in `dtype`; unbound together, so that their gradients are
         stacked once, not added up."""
-        layers, count = self.config.layers, self.config.experts
-        sets = [(self.w1, self.w2)]
-        if not self.config.shared:
-            sets = list(zip(self.w1.split(count), self.w2.split(count), strict=True))
-        arranged = [bank_cpu.arrange(w1, w2, dtype) if backend == "avx512" and count > 1 else None for w1, w2 in sets]
-        matrices = [(*own, kernel) for own, kernel in zip(sets, arranged, strict=True)]
-        if self.config.shared:
-            matrices *= layers
-        parts = {name: part.unbind() for name, part in self.adapters.items()}
-        adapters = [Adapter(**{name: part[i] for name, part in parts.items()}) for i in range(layers)]
-        return [Experts(w1, w2, own, kernel) for (w1, w2, kernel), own in zip(matrices, adapters, strict=True)]
+        config, count, sets = self.config, self.config.experts, 1 if self.config.shared else self.config.layers
+        matrices: list[tuple[Tensor, Tensor]] | list[bank_cpu.Arranged]
+        if backend == "avx512" and count > 1:
+            matrices = bank_cpu.arrange(self.w1, self.w2, dtype, microbatches).chunk(sets)
+        else:
+            w1, w2 = per_microbatch(self.w1, microbatches), per_microbatch(self.w2, microbatches)
+            matrices = [(w1, w2)] if sets == 1 else list(zip(w1.split(count, -3), w2.split(count, -3), strict=True))
+        always_on = None
+        if config.always_on_expert:
+            always_on = per_microbatch(self.always_w1, microbatches), per_microbatch(self.always_w2, microbatches)
+        at = 0 if microbatches is None else 1  # the dimension of the layers
+        parts = {name: per_microbatch(part, microbatches).unbind(at) for name, part in self.adapters.items()}
+        adapters = [Adapter(**{name: part[i] for name, part in parts.items()}) for i in range(config.layers)]
+        return [Experts(matrices[i % sets], own, always_on) for i, own in enumerate(adapters)]
 
     def forward(self, experts: Experts, n: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
         """n: [B, T, D]; chosen [B, T, K] int64 and gates [B, T, K] as in `Routing`. Returns [B, T, D] in n's dtype."""
         rows, chosen, gates = n.flatten(0, 1), chosen.flatten(0, 1), gates.flatten(0, 1)
         backend = self.backend(n.dtype, len(rows))
-        w1, w2, adapter, arranged = experts
-        if arranged is not None:
-            y = bank_cpu.expert_ffn(rows, arranged, adapter.scale, adapter.bias, chosen, gates)
+        matrices, adapter, always_on = experts
+        if isinstance(matrices, bank_cpu.Arranged):
+            y = bank_cpu.expert_ffn(rows, matrices, adapter.scale, adapter.bias, chosen, gates)
         else:
-            y = expert_ffn(backend, rows, w1, w2, adapter, chosen, gates)
-        if self.config.always_on_expert:
+            y = expert_ffn(backend, rows, *matrices, adapter, chosen, gates)
+        if always_on is not None:
             all_to_one = torch.zeros_like(chosen[:, :1])
             ungated = torch.ones_like(gates[:, :1])
-            y = y + expert_ffn(backend, rows, self.always_w1, self.always_w2, Adapter(), all_to_one, ungated)
+            y = y + expert_ffn(backend, rows, *always_on, Adapter(), all_to_one, ungated)
         return y.view_as(n)
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from switch_bank.config import Config, ModelConfig, compute_dtype
-from switch_bank.model.attention import Ring, attention_matrices, rms_norm, rotary_tables, scaled, self_attention
+from switch_bank.model.attention import Ring, attention_matrices, rms_norm, rotary_tables, self_attention
 from switch_bank.model.bank import Bank, Experts
 from switch_bank.model.features import Documents, EmaSums, documents_of, ema_features
 from switch_bank.model.folder import ModelFolderError, read_folder
@@ -20,6 +20,7 @@ from switch_bank.model.router import RouterOfLayer, Routers, Routing, RoutingSum
 from switch_bank.ops.attention import BLOCK, build_mask, choose_backend, ring_mask
 from switch_bank.ops.bank import MANY
 from switch_bank.ops.head import IGNORE, chunked_head_losses, soft_cap
+from switch_bank.ops.microbatches import lookup, per_microbatch, scaled
 from switch_bank.ops.noise import gumbel
 from switch_bank.schedules import StepState, step_state
 
@@ -43,7 +44,7 @@ class Start(NamedTuple):
 
 
 class AttentionInputs(NamedTuple):
-    """What the attention of a block works with beside x."""
+    """What the attention of a block works with beside x; scalars and qkvo may be per microbatch."""
 
     x0: Tensor  # [B, T, D]
     skip: Tensor | None  # [B, T, D]: the output of an earlier block
@@ -64,7 +65,7 @@ class Group(NamedTuple):
 
 
 class LayerWeights(NamedTuple):
-    """What layers do not share, or see of what they share, as lists over the layers."""
+    """What layers do not share, or see of what they share, as lists over the layers; all may be per microbatch."""
 
     experts: list[Experts]
     scalars: tuple[Tensor, ...]  # [5] each
@@ -93,15 +94,22 @@ class Output(NamedTuple):
     margins: Tensor  # [B, T] float32: least lead, over the layers, of the last pick over the next best; inf in training
 
 
+class Table(nn.Embedding):
+    """A row for each token of the vocabulary; `weight` is its own, or that per microbatch."""
+
+    def forward(self, tokens: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
+        return lookup(tokens, weight)
+
+
 class SwitchBankGPT(nn.Module):
     """Parameters are float32, activations of `config.dtype`. Builds on any device, meta included."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.padded_vocab, config.width)
+        self.embedding = Table(config.padded_vocab, config.width)
         self.value_embeddings = nn.ModuleList(
-            nn.Embedding(config.vocab_size, config.width) for _ in range(config.value_embeddings)
+            Table(config.vocab_size, config.width) for _ in range(config.value_embeddings)
         )
         groups = sorted({i // config.tied_layers for i in range(config.layers) if i not in config.skip_attention})
         self.attention = nn.ParameterDict({str(group): attention_matrices(config.width) for group in groups})
@@ -179,11 +187,15 @@ class SwitchBankGPT(nn.Module):
         slices: Tensor | None = None,
         seed: Tensor | None = None,
         window: int | None = None,
+        microbatches: int | None = None,
     ) -> Output:
         """tokens, targets: [B, T] int64. Gumbel noise is drawn where a seed (0-dim int64) is given, for slices [B]
-        int64 of the step. `window` in tokens replaces state.window for attention kernels that take a Python int."""
-        hidden, routings, active = self.trunk(tokens, state, slices, seed, window)
-        output = self.losses(hidden, targets, routings, state, active)
+        int64 of the step. `window` in tokens replaces state.window for attention kernels that take a Python int.
+
+        With `microbatches`, which divide B, gradients do not depend on how many of them share a forward: those of
+        parameters are summed by microbatch, and over microbatches in float64; a `grad_dtype` of None keeps them so."""
+        hidden, routings, active = self.trunk(tokens, state, slices, seed, window, microbatches=microbatches)
+        output = self.losses(hidden, per_microbatch(self.head, microbatches), targets, routings, state, active)
         # Detached here: within a compiled part, a detached twin of the loss makes the loss come out without a gradient.
         return output._replace(cross_entropy=output.cross_entropy.detach(), token_losses=output.token_losses.detach())
 
@@ -218,13 +230,17 @@ class SwitchBankGPT(nn.Module):
         seed: Tensor | None = None,
         window: int | None = None,
         past: Past | None = None,
+        microbatches: int | None = None,
     ) -> tuple[Tensor, list[Routing], Tensor]:
         """The output of the last block [B, T, D], each layer's routes, and the active experts [E] bool. With `past`,
         tokens are the next ones of each stream."""
         config = self.config
-        start = self.begin(tokens, state, window, past)
+        tables = [per_microbatch(table.weight, microbatches) for table in (self.embedding, *self.value_embeddings)]
+        start = self.begin(tokens, tables, state, window, past)
         x = start.x0
-        bank, scalars, routers = self.of_layers(x.dtype, tokens.numel()) if past is None else past.weights
+        # After `begin`, so that a backward finishes their gradients before those of the tables.
+        of_layers = self.of_layers(x.dtype, tokens.numel(), microbatches) if past is None else past.weights
+        bank, scalars, routers = of_layers
         layer_index = torch.arange(config.layers, device=tokens.device).unbind()
         noise = None
         if self.training and routers is not None:
@@ -235,7 +251,7 @@ class SwitchBankGPT(nn.Module):
         for layer in range(config.layers):
             skip = outputs[SKIPS[layer]] if layer in SKIPS else None
             attends = layer not in config.skip_attention
-            qkvo = self.attention[str(layer // config.tied_layers)] if attends else None
+            qkvo = per_microbatch(self.attention[str(layer // config.tied_layers)], microbatches) if attends else None
             mask = start.long_mask if layer % 4 == 3 else start.short_mask
             value_embedding = self._value_embedding(layer, start) if attends else None
             ring = past.rings[layer] if past is not None and attends else None
@@ -260,15 +276,20 @@ class SwitchBankGPT(nn.Module):
             outputs.append(x)
         return x, routings, start.active
 
-    def of_layers(self, dtype: torch.dtype, tokens: int) -> LayerWeights:
+    def of_layers(self, dtype: torch.dtype, tokens: int, microbatches: int | None = None) -> LayerWeights:
         """The weights for forwards of `tokens` tokens each, with activations of `dtype`."""
-        bank = self.bank.of_layers(self.bank.backend(dtype, tokens), dtype)
-        return LayerWeights(bank, self.scalars.unbind(), None if self.routers is None else self.routers.of_layers())
+        return LayerWeights(
+            experts=self.bank.of_layers(self.bank.backend(dtype, tokens), dtype, microbatches),
+            scalars=per_microbatch(self.scalars, microbatches).unbind(-2),
+            routers=None if self.routers is None else self.routers.of_layers(microbatches),
+        )
 
     # ---- the parts that are compiled ------------------------------------------------------------------------------
 
-    def begin(self, tokens: Tensor, state: StepState, window: int | None, past: Past | None) -> Start:
-        """All that depends on the tokens and the step alone."""
+    def begin(
+        self, tokens: Tensor, tables: list[Tensor], state: StepState, window: int | None, past: Past | None
+    ) -> Start:
+        """All that depends on the tokens and the step alone. tables: the embedding, and the value embeddings."""
         config, backend = self.config, self.attention_backend
         dtype = compute_dtype(config.dtype, tokens.device)
         if past is None:
@@ -280,9 +301,11 @@ class SwitchBankGPT(nn.Module):
             documents = past.documents = documents_of(tokens, config, past.documents)
             long_mask, short_mask = (ring_mask(documents.position, past.tokens_read, w) for w in past.windows)
             past.tokens_read += tokens.shape[1]
+        modules = (self.embedding, *self.value_embeddings)
+        rows = [table(tokens, weight) for table, weight in zip(modules, tables, strict=True)]
         return Start(
-            x0=rms_norm(self.embedding(tokens).to(dtype)),
-            value_embeddings=[table(tokens).to(dtype) for table in self.value_embeddings],
+            x0=rms_norm(rows[0].to(dtype)),
+            value_embeddings=[values.to(dtype) for values in rows[1:]],
             documents=documents,
             rotary=rotary_tables(documents.position, config.head_dim, dtype),
             long_mask=long_mask,
@@ -305,11 +328,11 @@ class SwitchBankGPT(nn.Module):
         """A block's attention. Returns x [B, T, D] and its norm, the bank's input."""
         scalars = inputs.scalars.to(x.dtype)
         if inputs.skip is not None:
-            x = x + scaled(inputs.skip, scalars[0])
-        x = scaled(x, scalars[1]) + scaled(inputs.x0, scalars[2])
+            x = x + scaled(inputs.skip, scalars[..., 0])
+        x = scaled(x, scalars[..., 1]) + scaled(inputs.x0, scalars[..., 2])
         if inputs.qkvo is not None:
             x = x + self_attention(
-                inputs.qkvo, rms_norm(x), self.config.heads, inputs.rotary, inputs.value_embedding, scalars[3:],
+                inputs.qkvo, rms_norm(x), self.config.heads, inputs.rotary, inputs.value_embedding, scalars[..., 3:],
                 self.attention_backend, inputs.mask, inputs.ring,
             )  # fmt: skip
         return x, rms_norm(x)
@@ -337,9 +360,11 @@ class SwitchBankGPT(nn.Module):
         one = torch.zeros_like(n[..., :1])
         return x + self.bank(experts, n, one.long(), one + 1)
 
-    def losses(self, x: Tensor, targets: Tensor, routings: list[Routing], state: StepState, active: Tensor) -> Output:
+    def losses(
+        self, x: Tensor, head: Tensor, targets: Tensor, routings: list[Routing], state: StepState, active: Tensor
+    ) -> Output:
         """From the last block's output to the losses."""
-        loss_sum, token_losses = chunked_head_losses(rms_norm(x).flatten(0, 1), self.head, targets.flatten())
+        loss_sum, token_losses = chunked_head_losses(rms_norm(x).flatten(0, 1), head, targets.flatten())
         counted = targets != IGNORE
         cross_entropy = loss_sum / counted.sum().clamp(min=1)
         loss = cross_entropy

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from switch_bank.config import ModelConfig
+from switch_bank.ops.microbatches import linear, per_microbatch
 from switch_bank.schedules import StepState, layer_shape
 
 
@@ -45,7 +46,7 @@ class RoutingSums(NamedTuple):
 class RouterOfLayer(NamedTuple):
     """What tells one layer's router from another's, as tensors: one compiled graph serves all layers."""
 
-    weight: Tensor  # [E, router_features]
+    weight: Tensor  # [E, router_features], or per microbatch, as the bias
     bias: Tensor  # [E]
     balance_bias: Tensor  # [E]
     temperature_factor: Tensor  # 0-dim
@@ -68,10 +69,12 @@ class Routers(nn.Module):
         self.shape: Tensor
         self.register_buffer("shape", torch.tensor(layer_shape(config), dtype=torch.float32))
 
-    def of_layers(self) -> list[RouterOfLayer]:
+    def of_layers(self, microbatches: int | None = None) -> list[RouterOfLayer]:
         """One RouterOfLayer a layer; unbound together, so that their gradients are stacked once, not added up."""
         factors = 1 + self.config.temperature_boost * self.shape
-        rows = zip(self.weight.unbind(), self.bias.unbind(), self.balance_bias.unbind(), factors.unbind(), strict=True)
+        weights = per_microbatch(self.weight, microbatches).unbind(-3)
+        biases = per_microbatch(self.bias, microbatches).unbind(-2)
+        rows = zip(weights, biases, self.balance_bias.unbind(), factors.unbind(), strict=True)
         return [RouterOfLayer(*row) for row in rows]
 
     def active(self, state: StepState) -> Tensor:
@@ -83,11 +86,11 @@ class Routers(nn.Module):
         them. n: [B, T, D], the bank's input of one of the layers. Returns [B, T, E] for each layer."""
         ones = torch.ones_like(n[..., :1], dtype=torch.promote_types(n.dtype, torch.float32))
         # The bias as a product too: how a plain sum of its gradients is cut up depends on the number of threads.
-        logits = F.linear(ones, torch.cat([router.bias for router in routers])[:, None].to(ones.dtype))
-        stacked, at = torch.cat([router.weight for router in routers]), self.config.width
+        logits = linear(ones, torch.cat([router.bias for router in routers], dim=-1)[..., None].to(ones.dtype))
+        stacked, at = torch.cat([router.weight for router in routers], dim=-2), self.config.width
         for feature in features:
-            weight = stacked[:, at : at + feature.shape[-1]]
-            logits = logits + F.linear(feature, weight.to(feature.dtype))
+            weight = stacked[..., at : at + feature.shape[-1]]
+            logits = logits + linear(feature, weight.to(feature.dtype))
             at += feature.shape[-1]
         return list(logits.split(self.config.experts, dim=-1))
 
@@ -103,7 +106,7 @@ class Routers(nn.Module):
         """n: [B, T, D], the bank's input; context: [B, T, E] of `context_logits`; noise: [B, T, E] or None."""
         config = self.config
         n = n if n.dtype == torch.float64 else n.float()
-        logits = F.linear(n, router.weight[:, : config.width].to(n.dtype)) + context
+        logits = linear(n, router.weight[..., : config.width].to(n.dtype)) + context
         noisy = logits if noise is None else logits + noise
         values = noisy / (state.temperature * router.temperature_factor)
         choice = values + router.balance_bias if config.balance == "bias" else values

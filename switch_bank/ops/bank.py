@@ -48,20 +48,29 @@ def expert_ffn(
 ) -> Tensor:
     """x: [N, D]; w1: [E, F, D]; w2: [E, D, F]; experts: [N, K] int64 in 0..E-1; gates: [N, K]. Returns [N, D].
 
-    Weights, adapters and gates are cast to x's dtype. A gate of exactly 0 gives and gets exactly nothing.
+    Weights, adapters and gates are cast to x's dtype. A gate of exactly 0 gives and gets exactly nothing. Matrices and
+    adapters may be per microbatch, [M, E, ...], but for backend "avx512", whose matrices `bank_cpu.arrange` makes.
     """
-    if backend == "avx512" and w1.shape[0] > 1:
+    if w1.ndim == 4 and w1.shape[1] > 1:  # as if each microbatch had experts of its own
+        count, microbatch = w1.shape[1], torch.arange(len(w1), device=x.device).repeat_interleave(len(x) // len(w1))
+        w1, w2 = w1.flatten(0, 1), w2.flatten(0, 1)
+        adapter = Adapter(*(None if part is None else part.flatten(0, 1) for part in adapter))
+        experts = experts + count * microbatch[:, None]
+    many = w1.shape[-3] > 1
+    if backend == "avx512" and many:
         matrices = bank_cpu.arrange(w1.float(), w2.float(), x.dtype)
         return bank_cpu.expert_ffn(x, matrices, adapter.scale, adapter.bias, experts, gates)
     gates = gates.to(x.dtype)
-    if backend == "gathered" and w1.shape[0] > 1:
+    if backend == "gathered" and many:
         return _gathered(x, w1, w2, adapter, experts, gates)
     w1, w2 = w1.to(x.dtype), w2.to(x.dtype)
     adapter = Adapter(*(None if part is None else part.to(x.dtype) for part in adapter))
-    if backend == "reference":
+    if backend == "reference" and w1.ndim == 3:
         return _loop_over_experts(x, w1, w2, adapter, experts, gates)
-    if w1.shape[0] == 1:
-        return gates * _dense(x, w1[0], w2[0], _of_expert(adapter, 0))
+    if not many:
+        rows = x.view(*w1.shape[:-3], -1, x.shape[1])
+        own = Adapter(*(None if part is None else part.squeeze(w1.ndim - 3) for part in adapter))
+        return gates * _dense(rows, w1.squeeze(-3), w2.squeeze(-3), own).view_as(x)
     if backend == "triton":
         return _fused(x, w1, w2, adapter, experts, gates)
     return _sorted_by_expert(x, w1, w2, adapter, experts, gates)

@@ -133,54 +133,93 @@ thread_local Scratch of_call;  // while one call lasts
 
 // ---- which rows are multiplied together ----------------------------------------------------------------------------
 
-struct Block {
-  int64_t expert;
-  int64_t first;  // of its picks, in `Plan::picks`
+// A pick is a (token, k) pair, token·K + k; picks are in the order of their expert, then of their microbatch.
+
+// Rows of one expert and one microbatch: what a gradient of its weights is summed over in float.
+struct Segment {
+  int64_t microbatch;
+  int64_t first;   // of its picks, in `Plan::picks`
   int64_t rows;
   int64_t padded;  // rows, filled up with zeros
-  int64_t offset;  // of its first row among the padded rows of all blocks
+  int64_t offset;  // of its first row among the padded rows of all segments
 };
 
-// A pick is a (token, k) pair, token·K + k.
+// Segments of one expert that follow one another, as many as go through the products of rows together.
+struct Block {
+  int64_t expert;
+  int64_t first_segment, segments;
+  int64_t first, rows;    // of its picks
+  int64_t padded;         // rows, filled up with zeros behind the last one
+  int64_t padded_apart;   // the same, each segment filled up by itself
+};
+
 struct Plan {
-  int64_t largest;             // rows that a block may have
-  std::vector<int64_t> picks;  // in order of their expert
+  int64_t largest;  // rows that a block may have
+  std::vector<int64_t> picks;
+  std::vector<Segment> segments;
+  std::vector<int64_t> first_segment;  // [E + 1] of each expert
   std::vector<Block> blocks;
-  std::vector<int64_t> first_block;  // [E + 1] of each expert
+
+  int64_t offset(const Block& block) const { return segments[block.first_segment].offset; }
 };
 
-// At most: only an expert's last block is filled up.
-int64_t padded_rows(int64_t picks, int64_t experts) { return picks + experts * ALIGN; }
+// At most, all segments filled up by themselves: only the last one of an expert and a microbatch is.
+int64_t padded_rows(int64_t picks, int64_t experts, int64_t microbatches) {
+  return picks + ALIGN * experts * microbatches;
+}
 
-Plan make_plan(const Tensor& chosen, int64_t experts) {
-  const int64_t count = chosen.numel();
+int64_t padded(int64_t rows) { return (rows + ALIGN - 1) / ALIGN * ALIGN; }
+
+// Rows that go through together: many enough blocks that the cores finish together, large enough ones that an expert's
+// matrices, which may come from memory, are read but once or twice, and small enough ones that their activations stay in
+// a core's cache.
+constexpr int64_t LARGEST = 192;
+int64_t largest_segment(int64_t picks) { return std::clamp<int64_t>(picks / 64 / ALIGN * ALIGN, 128, LARGEST); }
+
+Plan make_plan(const Tensor& chosen, int64_t experts, int64_t microbatches) {
+  const int64_t count = chosen.numel(), in_microbatch = count / microbatches;
   const int64_t* expert_of = chosen.const_data_ptr<int64_t>();
-  std::vector<int64_t> start(experts + 1, 0);
+  TORCH_CHECK(count % microbatches == 0, count, " picks are no ", microbatches, " microbatches");
+  std::vector<int64_t> start(experts * microbatches + 1, 0);  // of each expert's and microbatch's picks
+  const auto run_of = [&](int64_t pick) { return expert_of[pick] * microbatches + pick / in_microbatch; };
   for (int64_t pick = 0; pick < count; ++pick) {
     TORCH_CHECK(expert_of[pick] >= 0 && expert_of[pick] < experts, "expert ", expert_of[pick], " of ", experts);
-    ++start[expert_of[pick] + 1];
+    ++start[run_of(pick) + 1];
   }
-  for (int64_t e = 0; e < experts; ++e) start[e + 1] += start[e];
+  for (size_t run = 1; run < start.size(); ++run) start[run] += start[run - 1];
   Plan plan;
-  // Many enough that the cores finish together, large enough that an expert's matrices, which may come from memory, are
-  // read but once or twice, and small enough that a block's activations stay in a core's cache.
-  plan.largest = std::clamp<int64_t>(count / 64 / ALIGN * ALIGN, 128, 192);
   plan.picks.resize(count);
   std::vector<int64_t> place(start.begin(), start.end() - 1);
-  for (int64_t pick = 0; pick < count; ++pick) plan.picks[place[expert_of[pick]]++] = pick;
+  for (int64_t pick = 0; pick < count; ++pick) plan.picks[place[run_of(pick)]++] = pick;
+  const int64_t largest = largest_segment(in_microbatch);  // whatever other microbatches go through with this one
+  plan.largest = microbatches == 1 ? largest : LARGEST;
   int64_t offset = 0;
   for (int64_t e = 0; e < experts; ++e) {
-    plan.first_block.push_back(int64_t(plan.blocks.size()));
-    const int64_t rows = start[e + 1] - start[e], blocks = (rows + plan.largest - 1) / plan.largest;
-    // As even as whole multiples of ALIGN can be: a last block of a few rows would cost nearly as much as a full one.
-    const int64_t each = blocks == 0 ? 0 : ((rows + blocks - 1) / blocks + ALIGN - 1) / ALIGN * ALIGN;
-    for (int64_t first = start[e]; first < start[e + 1]; first += each) {
-      const int64_t own = std::min(each, start[e + 1] - first), padded = (own + ALIGN - 1) / ALIGN * ALIGN;
-      plan.blocks.push_back({e, first, own, padded, offset});
-      offset += padded;
+    plan.first_segment.push_back(int64_t(plan.segments.size()));
+    for (int64_t m = 0; m < microbatches; ++m) {
+      const int64_t begin = start[e * microbatches + m], end = start[e * microbatches + m + 1];
+      // As even as whole multiples of ALIGN can be: a last part of a few rows would cost nearly as much as a full one.
+      const int64_t parts = (end - begin + largest - 1) / largest;
+      const int64_t each = parts == 0 ? 0 : padded((end - begin + parts - 1) / parts);
+      for (int64_t first = begin; first < end; first += each) {
+        const int64_t rows = std::min(each, end - first);
+        plan.segments.push_back({m, first, rows, padded(rows), offset});
+        offset += padded(rows);
+      }
+    }
+    for (int64_t i = plan.first_segment[e]; i < int64_t(plan.segments.size()); ++i) {
+      const Segment& segment = plan.segments[i];
+      const bool opens = i == plan.first_segment[e];
+      if (opens || plan.blocks.back().padded_apart + segment.padded > plan.largest)
+        plan.blocks.push_back({e, i, 0, segment.first, 0, 0, 0});
+      Block& block = plan.blocks.back();
+      ++block.segments;
+      block.rows += segment.rows;
+      block.padded = padded(block.rows);
+      block.padded_apart += segment.padded;
     }
   }
-  plan.first_block.push_back(int64_t(plan.blocks.size()));
+  plan.first_segment.push_back(int64_t(plan.segments.size()));
   return plan;
 }
 
@@ -191,7 +230,7 @@ struct Layer {
   int64_t width, hidden, top_k;
   const T* x;          // [N, D]
   const float* gates;  // [N·K]
-  const float* scale;  // [E, D], or null
+  const float* scale;  // [E, D] of the first microbatch, as of all of them, or null
   const float* bias;
 
   Layer(const Tensor& x, const Tensor& gates, const Tensor& scale, const Tensor& bias, int64_t hidden)
@@ -200,21 +239,22 @@ struct Layer {
         scale(scale.numel() ? scale.const_data_ptr<float>() : nullptr),
         bias(bias.numel() ? bias.const_data_ptr<float>() : nullptr) {}
 
-  // The block's rows as its expert sees them, zeros behind the last one. to: [padded, D].
-  void gather(const Plan& plan, const Block& block, T* to) const {
-    for (int64_t r = 0; r < block.rows; ++r) {
-      const T* from = x + plan.picks[block.first + r] / top_k * width;
+  // The rows of a block or a segment as its expert sees them, zeros behind the last one. to: [padded, D].
+  template <typename Rows>
+  void gather(const Plan& plan, const Rows& some, int64_t expert, T* to) const {
+    for (int64_t r = 0; r < some.rows; ++r) {
+      const T* from = x + plan.picks[some.first + r] / top_k * width;
       if (scale == nullptr) {
         std::copy(from, from + width, to + r * width);
         continue;
       }
-      const float *own_scale = scale + block.expert * width, *own_bias = bias + block.expert * width;
+      const float *own_scale = scale + expert * width, *own_bias = bias + expert * width;
       each16(width, [&](int64_t c, __mmask16 lanes) {
         const __m512 value = load(from + c, lanes);
         store(to + r * width + c, lanes, _mm512_fmadd_ps(value, load(own_scale + c, lanes), load(own_bias + c, lanes)));
       });
     }
-    std::fill(to + block.rows * width, to + block.padded * width, T(0));
+    std::fill(to + some.rows * width, to + some.padded * width, T(0));
   }
 };
 
@@ -265,9 +305,9 @@ void forward(
     float *inner = own.take<float>(plan.largest * hidden), *outer = own.take<float>(plan.largest * width);
     return [&, rows, squares, inner, outer](int64_t task) {
       const Block& block = plan.blocks[task];
-      layer.gather(plan, block, rows);
+      layer.gather(plan, block, block.expert, rows);
       multiply(block.padded, hidden, width, rows, width, w1 + block.expert * width * hidden, inner, false);
-      T* relu = kept == nullptr ? squares : kept + block.offset * hidden;
+      T* relu = kept == nullptr ? squares : kept + plan.offset(block) * hidden;
       each16(block.padded * hidden, [&](int64_t i, __mmask16 lanes) {
         store(relu + i, lanes, _mm512_max_ps(load(inner + i, lanes), _mm512_setzero_ps()));
         const __m512 value = load(relu + i, lanes);  // as rounded, so that the backward is of the same numbers
@@ -288,8 +328,8 @@ void forward(
 
 // ---- backward ------------------------------------------------------------------------------------------------------
 
-// What the weights' gradients are products of, for every block: [columns, padded] at the left, [padded, columns] at the
-// right, at offset·columns.
+// What the weights' gradients are products of, for every segment: [columns, padded] at the left, [padded, columns] at
+// the right, at offset·columns.
 template <typename T>
 struct Operands {
   T *hidden_left, *rows_right;  // w1: gradient of W1·x, and x
@@ -319,83 +359,118 @@ void backward_of_rows(
       }
       std::fill(rows + block.rows * width, rows + block.padded * width, T(0));
       multiply(block.padded, hidden, width, rows, width, w2 + block.expert * width * hidden, inner, false);
-      const T* relu = kept + block.offset * hidden;
-      for (int64_t r = 0; r < block.padded; ++r) {
-        const int64_t pick = r < block.rows ? plan.picks[block.first + r] : -1;
-        const __m512 gate = _mm512_set1_ps(pick < 0 ? 0.0f : layer.gates[pick]);
-        __m512 grad_gate = _mm512_setzero_ps();
-        each16(hidden, [&](int64_t c, __mmask16 lanes) {
-          const int64_t i = r * hidden + c;
-          const __m512 value = load(relu + i, lanes), grad = load(inner + i, lanes);
-          const __m512 square = _mm512_mul_ps(value, value);
-          store(squares + i, lanes, square);
-          grad_gate = _mm512_fmadd_ps(square, grad, grad_gate);
-          store(grad_hidden + i, lanes, _mm512_mul_ps(_mm512_mul_ps(gate, grad), _mm512_add_ps(value, value)));
-        });
-        if (pick >= 0) grad_gates[pick] = _mm512_reduce_add_ps(grad_gate);
-        each16(width, [&](int64_t c, __mmask16 lanes) {
-          store(gated + r * width + c, lanes, _mm512_mul_ps(gate, load(rows + r * width + c, lanes)));
-        });
+      const Segment* segments = &plan.segments[block.first_segment];
+      // From here on, each segment is filled up by itself.
+      for (const Segment* segment = segments; segment < segments + block.segments; ++segment) {
+        const int64_t from = segment->first - block.first, to = segment->offset - segments->offset;
+        for (int64_t r = 0; r < segment->rows; ++r) {
+          const int64_t pick = plan.picks[segment->first + r];
+          const T* relu = kept + (segments->offset + from + r) * hidden;
+          const __m512 gate = _mm512_set1_ps(layer.gates[pick]);
+          __m512 grad_gate = _mm512_setzero_ps();
+          each16(hidden, [&](int64_t c, __mmask16 lanes) {
+            const __m512 value = load(relu + c, lanes), grad = load(inner + (from + r) * hidden + c, lanes);
+            const __m512 square = _mm512_mul_ps(value, value);
+            store(squares + (to + r) * hidden + c, lanes, square);
+            grad_gate = _mm512_fmadd_ps(square, grad, grad_gate);
+            const __m512 slope = _mm512_add_ps(value, value);
+            store(grad_hidden + (to + r) * hidden + c, lanes, _mm512_mul_ps(_mm512_mul_ps(gate, grad), slope));
+          });
+          grad_gates[pick] = _mm512_reduce_add_ps(grad_gate);
+          each16(width, [&](int64_t c, __mmask16 lanes) {
+            store(gated + (to + r) * width + c, lanes, _mm512_mul_ps(gate, load(rows + (from + r) * width + c, lanes)));
+          });
+        }
+        const int64_t last = to + segment->rows, end = to + segment->padded;
+        std::fill(squares + last * hidden, squares + end * hidden, T(0));
+        std::fill(grad_hidden + last * hidden, grad_hidden + end * hidden, T(0));
+        std::fill(gated + last * width, gated + end * width, T(0));
+        T *hidden_left = operands.hidden_left + segment->offset * hidden;
+        transpose(grad_hidden + to * hidden, hidden, hidden_left, segment->padded, segment->padded, hidden);
+        T *squares_right = operands.squares_right + segment->offset * hidden;
+        as_right(squares + to * hidden, squares_right, 0, segment->padded, segment->padded, hidden);
+        T *y_left = operands.y_left + segment->offset * width;
+        transpose(gated + to * width, width, y_left, segment->padded, segment->padded, width);
       }
-      transpose(grad_hidden, hidden, operands.hidden_left + block.offset * hidden, block.padded, block.padded, hidden);
-      as_right(squares, operands.squares_right + block.offset * hidden, 0, block.padded, block.padded, hidden);
-      transpose(gated, width, operands.y_left + block.offset * width, block.padded, block.padded, width);
-      multiply(block.padded, width, hidden, grad_hidden, hidden, w1 + block.expert * width * hidden, outer, false);
-      layer.gather(plan, block, rows);
-      as_right(rows, operands.rows_right + block.offset * width, 0, block.padded, block.padded, width);
-
-      float *grad_scale = adapter_parts + 2 * task * width, *grad_bias = grad_scale + width;
-      if (layer.scale != nullptr) std::fill(grad_scale, grad_scale + 2 * width, 0.0f);
+      multiply(
+          block.padded_apart, width, hidden, grad_hidden, hidden, w1 + block.expert * width * hidden, outer, false);
       const float* scale = layer.scale == nullptr ? nullptr : layer.scale + block.expert * width;
-      for (int64_t r = 0; r < block.rows; ++r) {
-        const int64_t pick = plan.picks[block.first + r];
-        const T* x = layer.x + pick / layer.top_k * width;
-        sums.put(pick, [&](int64_t c, __mmask16 lanes) {
-          const __m512 grad = load(outer + r * width + c, lanes);
-          if (scale == nullptr) return grad;
-          store(grad_scale + c, lanes, _mm512_fmadd_ps(grad, load(x + c, lanes), load(grad_scale + c, lanes)));
-          store(grad_bias + c, lanes, _mm512_add_ps(grad, load(grad_bias + c, lanes)));
-          return _mm512_mul_ps(grad, load(scale + c, lanes));
-        });
+      for (const Segment* segment = segments; segment < segments + block.segments; ++segment) {
+        layer.gather(plan, *segment, block.expert, rows);
+        T *rows_right = operands.rows_right + segment->offset * width;
+        as_right(rows, rows_right, 0, segment->padded, segment->padded, width);
+        float *grad_scale = adapter_parts + 2 * (segment - plan.segments.data()) * width, *grad_bias = grad_scale + width;
+        if (scale != nullptr) std::fill(grad_scale, grad_scale + 2 * width, 0.0f);
+        const float* grads = outer + (segment->offset - segments->offset) * width;
+        for (int64_t r = 0; r < segment->rows; ++r) {
+          const int64_t pick = plan.picks[segment->first + r];
+          const T* x = layer.x + pick / layer.top_k * width;
+          sums.put(pick, [&](int64_t c, __mmask16 lanes) {
+            const __m512 grad = load(grads + r * width + c, lanes);
+            if (scale == nullptr) return grad;
+            store(grad_scale + c, lanes, _mm512_fmadd_ps(grad, load(x + c, lanes), load(grad_scale + c, lanes)));
+            store(grad_bias + c, lanes, _mm512_add_ps(grad, load(grad_bias + c, lanes)));
+            return _mm512_mul_ps(grad, load(scale + c, lanes));
+          });
+        }
       }
     };
   });
   sums.finish();
 }
 
-// Adds to grad_w1 [E, F, D] and grad_w2 [E, D, F].
-template <typename T>
+// Adds to grad_w1 [E, F, D] and grad_w2 [E, D, F], which are both float or both double: with double, what each microbatch
+// adds is summed in float by itself.
+template <typename T, typename Sum>
 void backward_of_weights(
-    const Layer<T>& layer, const Plan& plan, const Operands<T>& operands, float* grad_w1, float* grad_w2) {
-  const int64_t width = layer.width, hidden = layer.hidden, experts = int64_t(plan.first_block.size()) - 1;
+    const Layer<T>& layer, const Plan& plan, const Operands<T>& operands, Sum* grad_w1, Sum* grad_w2) {
+  constexpr bool EXACT = std::is_same_v<Sum, double>;
+  const int64_t width = layer.width, hidden = layer.hidden, experts = int64_t(plan.first_segment.size()) - 1;
   const int64_t tiles_w1 = (hidden + TILE - 1) / TILE, tiles_w2 = (width + TILE - 1) / TILE;
   share(experts * (tiles_w1 + tiles_w2), [&] {
-    return [&](int64_t task) {
+    float* of_microbatch = EXACT ? of_core.fresh().take<float>(TILE * std::max(width, hidden)) : nullptr;
+    return [&, of_microbatch](int64_t task) {
       const int64_t expert = task / (tiles_w1 + tiles_w2), tile = task % (tiles_w1 + tiles_w2);
       const bool first = tile < tiles_w1;
       const int64_t rows = first ? hidden : width, columns = first ? width : hidden;
       const int64_t begin = (first ? tile : tile - tiles_w1) * TILE, count = std::min(TILE, rows - begin);
       const T *left = first ? operands.hidden_left : operands.y_left;
       const T *right = first ? operands.rows_right : operands.squares_right;
-      float* to = (first ? grad_w1 : grad_w2) + (expert * rows + begin) * columns;
-      for (int64_t b = plan.first_block[expert]; b < plan.first_block[expert + 1]; ++b) {
-        const Block& block = plan.blocks[b];
-        multiply(
-            count, columns, block.padded, left + block.offset * rows + begin * block.padded, block.padded,
-            right + block.offset * columns, to, true);
+      Sum* to = (first ? grad_w1 : grad_w2) + (expert * rows + begin) * columns;
+      const int64_t end = plan.first_segment[expert + 1];
+      for (int64_t i = plan.first_segment[expert]; i < end; ++i) {
+        const Segment& segment = plan.segments[i];
+        const T* own_left = left + segment.offset * rows + begin * segment.padded;
+        const T* own_right = right + segment.offset * columns;
+        if constexpr (EXACT) {
+          const bool opens = i == plan.first_segment[expert] || plan.segments[i - 1].microbatch != segment.microbatch;
+          multiply(count, columns, segment.padded, own_left, segment.padded, own_right, of_microbatch, !opens);
+          if (i + 1 < end && plan.segments[i + 1].microbatch == segment.microbatch) continue;
+          for (int64_t c = 0; c < count * columns; c += 8) {
+            const __mmask8 lanes = c + 8 <= count * columns ? 0xFF : __mmask8((1u << (count * columns - c)) - 1);
+            const __m512d added = _mm512_cvtps_pd(_mm256_maskz_loadu_ps(lanes, of_microbatch + c));
+            _mm512_mask_storeu_pd(to + c, lanes, _mm512_add_pd(_mm512_maskz_loadu_pd(lanes, to + c), added));
+          }
+        } else {
+          multiply(count, columns, segment.padded, own_left, segment.padded, own_right, to, true);
+        }
       }
     };
   });
 }
 
+// parts: [segments, 2, D]; grad_scale, grad_bias: [M, E, D].
 void sum_adapter_parts(const Plan& plan, const float* parts, int64_t width, float* grad_scale, float* grad_bias) {
-  at::parallel_for(0, int64_t(plan.first_block.size()) - 1, 1, [&](int64_t begin, int64_t end) {
+  const int64_t experts = int64_t(plan.first_segment.size()) - 1;
+  at::parallel_for(0, experts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t expert = begin; expert < end; ++expert)
-      for (int64_t b = plan.first_block[expert]; b < plan.first_block[expert + 1]; ++b)
+      for (int64_t i = plan.first_segment[expert]; i < plan.first_segment[expert + 1]; ++i) {
+        const int64_t to = (plan.segments[i].microbatch * experts + expert) * width;
         for (int64_t c = 0; c < width; ++c) {
-          grad_scale[expert * width + c] += parts[2 * b * width + c];
-          grad_bias[expert * width + c] += parts[(2 * b + 1) * width + c];
+          grad_scale[to + c] += parts[2 * i * width + c];
+          grad_bias[to + c] += parts[(2 * i + 1) * width + c];
         }
+      }
   });
 }
 
@@ -439,11 +514,12 @@ std::tuple<Tensor, Tensor> arrange(const Tensor& weights, at::ScalarType type) {
 
 std::tuple<Tensor, Tensor> forward_op(
     const Tensor& x, const Tensor& experts, const Tensor& gates, const Tensor& scale, const Tensor& bias,
-    const Tensor& w1, const Tensor& w2, bool keep) {
+    const Tensor& w1, const Tensor& w2, int64_t microbatches, bool keep) {
   const int64_t hidden = w1.size(2);
-  const Plan plan = make_plan(experts, w1.size(0));
+  const Plan plan = make_plan(experts, w1.size(0), microbatches);
   Tensor y = at::empty_like(x);
-  Tensor kept = at::empty({keep ? padded_rows(experts.numel(), w1.size(0)) : 0, hidden}, x.options());
+  const int64_t rows = keep ? padded_rows(experts.numel(), w1.size(0), microbatches) : 0;
+  Tensor kept = at::empty({rows, hidden}, x.options());
   with_type(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     forward<T>(
@@ -455,12 +531,13 @@ std::tuple<Tensor, Tensor> forward_op(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward_op(
     const Tensor& grad_y, const Tensor& x, const Tensor& experts, const Tensor& gates, const Tensor& scale,
-    const Tensor& bias, const Tensor& w1, const Tensor& w2, const Tensor& kept, Tensor grad_w1, Tensor grad_w2) {
+    const Tensor& bias, const Tensor& w1, const Tensor& w2, const Tensor& kept, int64_t microbatches, Tensor grad_w1,
+    Tensor grad_w2) {
   const int64_t width = x.size(1), hidden = kept.size(1);
-  const Plan plan = make_plan(experts, w1.size(0));
+  const Plan plan = make_plan(experts, w1.size(0), microbatches);
   Tensor grad_x = at::empty_like(x), grad_gates = at::empty_like(gates);
   Tensor grad_scale = at::zeros_like(scale), grad_bias = at::zeros_like(bias);
-  Tensor parts = at::empty({scale.numel() ? int64_t(plan.blocks.size()) : 0, 2, width}, scale.options());
+  Tensor parts = at::empty({scale.numel() ? int64_t(plan.segments.size()) : 0, 2, width}, scale.options());
   with_type(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const Layer<T> layer(x, gates, scale, bias, hidden);
@@ -468,7 +545,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_op(
     backward_of_rows<T>(
         layer, plan, grad_y.const_data_ptr<T>(), w1.const_data_ptr<T>(), w2.const_data_ptr<T>(),
         kept.const_data_ptr<T>(), grad_x, grad_gates.data_ptr<float>(), parts.data_ptr<float>(), operands);
-    backward_of_weights<T>(layer, plan, operands, grad_w1.data_ptr<float>(), grad_w2.data_ptr<float>());
+    if (grad_w1.scalar_type() == at::kDouble)
+      backward_of_weights<T>(layer, plan, operands, grad_w1.data_ptr<double>(), grad_w2.data_ptr<double>());
+    else
+      backward_of_weights<T>(layer, plan, operands, grad_w1.data_ptr<float>(), grad_w2.data_ptr<float>());
   });
   if (scale.numel())
     sum_adapter_parts(
@@ -481,11 +561,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_op(
 TORCH_LIBRARY_FRAGMENT(switch_bank, library) {
   library.def("bank_arrange(Tensor weights, ScalarType type) -> (Tensor, Tensor)");
   library.def(
-      "bank_forward(Tensor x, Tensor experts, Tensor gates, Tensor scale, Tensor bias, Tensor w1, Tensor w2, bool keep)"
-      " -> (Tensor, Tensor)");
+      "bank_forward(Tensor x, Tensor experts, Tensor gates, Tensor scale, Tensor bias, Tensor w1, Tensor w2, int "
+      "microbatches, bool keep) -> (Tensor, Tensor)");
   library.def(
       "bank_backward(Tensor grad_y, Tensor x, Tensor experts, Tensor gates, Tensor scale, Tensor bias, Tensor w1, "
-      "Tensor w2, Tensor kept, Tensor(a!) grad_w1, Tensor(b!) grad_w2) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor w2, Tensor kept, int microbatches, Tensor(a!) grad_w1, Tensor(b!) grad_w2) -> (Tensor, Tensor, Tensor, "
+      "Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(switch_bank, CPU, library) {

@@ -25,7 +25,8 @@ def head_losses(x: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
 
 
 def chunked_head_losses(x: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """x: [N, D]; head: [V, D], cast to x's dtype; targets: [N] int64 in 0..V-1, or IGNORE.
+    """x: [N, D]; head: [V, D] or, per microbatch, [M, V, D], cast to x's dtype; targets: [N] int64 in 0..V-1, or
+    IGNORE.
 
     Returns the sum of the cross-entropies over the targets (0-dim) and each of them [N], 0 where ignored, both float32
     (float64 for float64); only the sum has a gradient. A few tokens' logits are held at a time: the gradient, but for
@@ -37,25 +38,28 @@ def chunked_head_losses(x: Tensor, head: Tensor, targets: Tensor) -> tuple[Tenso
 class _ChunkedLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, head, targets):  # type: ignore[no-untyped-def]
-        fewest = math.ceil(len(x) * len(head) / CHUNK_LOGITS)
-        # Equal and of whole blocks, where at most twice as many chunks are: each size is compiled by itself, and for a
-        # GPU, sizes that no 8 divides may be padded.
-        even = [chunks for chunks in range(fewest, 2 * fewest + 1) if len(x) % (BLOCK * chunks) == 0]
-        chunks = even[0] if even else fewest
-        weight = head.to(x.dtype)
+        microbatches = 1 if head.ndim == 2 else len(head)
+        together, chunks = _chunks(len(x) // microbatches, microbatches, head.shape[-2])
+        weight = (head if head.ndim == 2 else head[0]).to(x.dtype)
         wants_gradient = any(ctx.needs_input_grad[:2])
-        losses, x_gradients, head_gradient = [], [], None
-        for some_x, some_targets in zip(x.chunk(chunks), targets.chunk(chunks), strict=True):
-            some_losses, z_gradient = _losses_and_gradient(some_x, weight, some_targets)
-            losses.append(some_losses)
-            if wants_gradient:
-                x_gradients.append(z_gradient @ weight)
-                of_chunk = (z_gradient.mT @ some_x).to(head.dtype)
-                head_gradient = of_chunk if head_gradient is None else head_gradient + of_chunk
+        losses, x_gradients, head_gradients = [], [], []
+        groups = microbatches // together
+        for x_of_group, targets_of_group in zip(x.chunk(groups), targets.chunk(groups), strict=True):
+            of_group: list[Tensor] = []
+            for some_x, some_targets in zip(x_of_group.chunk(chunks), targets_of_group.chunk(chunks), strict=True):
+                some_losses, z_gradient = _losses_and_gradient(some_x, weight, some_targets)
+                losses.append(some_losses)
+                if wants_gradient:
+                    x_gradients.append(z_gradient @ weight)
+                    if head.ndim == 3:
+                        some_x, z_gradient = (rows.unflatten(0, (together, -1)) for rows in (some_x, z_gradient))
+                    of_chunk = (z_gradient.mT @ some_x).to(head.dtype)
+                    of_group = [of_group[0] + of_chunk] if of_group else [of_chunk]
+            head_gradients += of_group
         all_losses = torch.cat(losses)
         ctx.mark_non_differentiable(all_losses)
         if wants_gradient:
-            ctx.save_for_backward(torch.cat(x_gradients), head_gradient)
+            ctx.save_for_backward(torch.cat(x_gradients), torch.cat(head_gradients))
         # In float64, so that the sum does not depend on its order, which threads change.
         return all_losses.sum(dtype=torch.float64).to(all_losses.dtype), all_losses
 
@@ -63,6 +67,19 @@ class _ChunkedLosses(torch.autograd.Function):
     def backward(ctx, grad, _):  # type: ignore[no-untyped-def]
         x_gradient, head_gradient = ctx.saved_tensors
         return (x_gradient * grad).to(x_gradient.dtype), head_gradient * grad, None
+
+
+def _chunks(tokens: int, microbatches: int, vocab: int) -> tuple[int, int]:
+    """How many microbatches of `tokens` tokens go through together, and, where not even one fits, in how many chunks:
+    that depends on the microbatch alone, as the order of its sums does."""
+    fewest = math.ceil(tokens * vocab / CHUNK_LOGITS)
+    if fewest == 1:
+        most = CHUNK_LOGITS // (tokens * vocab)
+        return max(n for n in range(1, microbatches + 1) if microbatches % n == 0 and n <= most), 1
+    # Equal and of whole blocks, where at most twice as many chunks are: each size is compiled by itself, and for a
+    # GPU, sizes that no 8 divides may be padded.
+    even = [chunks for chunks in range(fewest, 2 * fewest + 1) if tokens % (BLOCK * chunks) == 0]
+    return 1, even[0] if even else fewest
 
 
 def _losses_and_gradient(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

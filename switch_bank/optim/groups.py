@@ -23,13 +23,16 @@ def parameter_groups(model: SwitchBankGPT) -> dict[str, list[nn.Parameter]]:
     }
 
 
-def in_backward_order(model: SwitchBankGPT) -> list[nn.Parameter]:
+def in_backward_order(model: SwitchBankGPT, microbatches: int | None = None) -> list[nn.Parameter]:
     """Every parameter of the model, once, in the order in which a backward finishes their gradients: what the layers
-    share, or hold stacked, is finished with the first layer only."""
+    share, or hold stacked, is finished with the first layer only. microbatches: of the model's forward."""
     groups = parameter_groups(model)
     attention, bank = groups["attention"], model.bank
-    # The CPU's kernel sums their gradients itself, and hands them over after all that its adapters get.
-    late = [bank.w1, bank.w2] if model.bank_backend == "avx512" and model.routers is not None else []
+    # The CPU's kernel sums their gradients itself, and hands them over after all that its adapters get; so do sums over
+    # microbatches.
+    collects = model.bank_backend == "avx512" and model.routers is not None
+    collected = groups["experts"] if microbatches is not None else [bank.w1, bank.w2] if collects else []
+    late = collected[::-1]
     early = [p for p in reversed(groups["experts"]) if not any(p is other for other in late)]
     return [
         *groups["head"], *attention[:0:-1], *early, *attention[:1],

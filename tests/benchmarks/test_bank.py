@@ -111,7 +111,7 @@ def test_a_profile_names_what_dense_and_bank_spend_their_time_on(program):
     finished = program(bank, "--presets", "nano", *options, "--profile")
     assert finished.err.count("Self CPU time total") == 2
     kernel = "bank_forward" if torch.float32 in DTYPES else "grouped_mm"
-    assert "aten::mm" in finished.err and f"switch_bank::{kernel}" in finished.err
+    assert "aten::bmm" in finished.err and f"switch_bank::{kernel}" in finished.err
     assert "float32" in finished.out and "ratio" in finished.out
 
 

@@ -39,6 +39,32 @@ def test_layers_that_share_the_experts_add_up_their_gradients_once() -> None:
         torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", bank_cpu.DTYPES)
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(9000, 2, 1), (37, 5, 2), (1, 3, 1), (130, 64, 3)])
+def test_a_microbatch_gets_the_gradients_that_it_would_get_alone(
+    dtype: torch.dtype, tokens: int, experts: int, top_k: int
+) -> None:
+    """Two of them through one call, and one by one; what reaches the experts, and rows, gates and adapters."""
+    problem = Problem(tokens=2 * tokens, experts=experts, top_k=top_k, width=64, hidden=32, dtype=torch.float32)
+    w1, w2 = problem.w1.detach().requires_grad_(), problem.w2.detach().requires_grad_()
+
+    def gradients(at: slice, microbatches: int) -> tuple[Tensor, ...]:
+        x, gates = (whole.detach()[at].to(dtype).requires_grad_() for whole in (problem.x, problem.gates))
+        adapters = [part.detach().expand(microbatches, -1, -1) for part in problem.adapter[:2]]  # type: ignore[union-attr]
+        scale, bias = (part.requires_grad_() for part in adapters)
+        w1.grad_dtype = w2.grad_dtype = None
+        matrices = bank_cpu.arrange(w1, w2, dtype, microbatches)
+        y = bank_cpu.expert_ffn(x, matrices, scale, bias, problem.experts[at], gates)
+        return torch.autograd.grad((y * problem.direction[at].to(dtype)).sum(), [w1, w2, scale, bias, x, gates])
+
+    together = gradients(slice(0, 2 * tokens), 2)
+    first, second = gradients(slice(0, tokens), 1), gradients(slice(tokens, 2 * tokens), 1)
+    assert together[0].dtype == together[1].dtype == torch.float64
+    assert all(torch.equal(both, one + two) for both, one, two in zip(together[:2], first, second, strict=False))
+    assert all(torch.equal(both, torch.cat(pair)) for both, *pair in zip(*(g[2:] for g in (together, first, second))))
+    assert all(part.abs().sum() > 0 for part in together)
+
+
 def test_a_second_backward_begins_with_zeros() -> None:
     problem = Problem(tokens=90, dtype=torch.float32)
     y = bank_cpu.expert_ffn(
@@ -64,17 +90,18 @@ def test_tensors_that_are_not_computed_get_the_shapes_of_those_that_are(dtype: t
     ops = torch.ops.switch_bank
     w1, w2 = problem.w1.detach(), problem.w2.detach()
     x, gates = problem.x.detach().to(dtype), problem.gates.detach()
-    scale = torch.ones(w1.shape[0], w1.shape[2])
+    scale = torch.ones(2, w1.shape[0], w1.shape[2])
     matrices = bank_cpu.arrange(w1, w2, dtype)
-    kept = ops.bank_forward(x, problem.experts, gates, scale, scale, matrices.w1, matrices.w2, True)[1]
+    kept = ops.bank_forward(x, problem.experts, gates, scale, scale, matrices.w1, matrices.w2, 2, True)[1]
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(ops.bank_arrange.default, (w1, dtype), test_utils=checks)
     for keep in (True, False):
-        inputs = (x, problem.experts, gates, scale, scale, matrices.w1, matrices.w2, keep)
+        inputs = (x, problem.experts, gates, scale, scale, matrices.w1, matrices.w2, 2, keep)
         torch.library.opcheck(ops.bank_forward.default, inputs, test_utils=checks)
-    backward = (matrices.w1_backward, matrices.w2_backward, kept, torch.zeros_like(w1), torch.zeros_like(w2))
-    inputs = (x, x, problem.experts, gates, scale, scale, *backward)
-    torch.library.opcheck(ops.bank_backward.default, inputs, test_utils=checks)
+    for sums in (torch.float32, torch.float64):
+        own = matrices.w1_backward, matrices.w2_backward, kept, 2, w1.new_zeros(w1.shape, dtype=sums)
+        inputs = (x, x, problem.experts, gates, scale, scale, *own, w2.new_zeros(w2.shape, dtype=sums))
+        torch.library.opcheck(ops.bank_backward.default, inputs, test_utils=checks)
 
 
 def test_an_expert_that_is_none_is_refused() -> None:

@@ -48,21 +48,23 @@ def test_every_parameter_of_every_preset_is_in_exactly_one_group(preset: str, op
     assert all(parameter.shape[-1] == model.config.width for parameter in groups["attention"])
 
 
+@pytest.mark.parametrize("microbatches", [None, 2])
 @pytest.mark.parametrize("backend", ["auto", "grouped"])
 @pytest.mark.parametrize("options", [*VARIANTS, dict(always_on_expert=True)], ids=str)
 def test_a_backward_finishes_gradients_in_the_order_that_is_said(
-    config_of: ConfigOf, model_of: ModelOf, options: dict[str, Any], backend: str
+    config_of: ConfigOf, model_of: ModelOf, options: dict[str, Any], backend: str, microbatches: int | None
 ) -> None:
     config = config_of(**options, bank_backend=backend)
     model = model_of(config)
-    assert_each_once([in_backward_order(model)], model)
+    order = in_backward_order(model, microbatches)
+    assert_each_once([order], model)
     finished: list[nn.Parameter] = []
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(finished.append)
-    tokens = torch.randint(97, (1, 128), generator=torch.Generator().manual_seed(0))
-    model(tokens, tokens, step_state(1000, config, "cpu")).loss.backward()
+    tokens = torch.randint(97, (2, 128), generator=torch.Generator().manual_seed(0))
+    model(tokens, tokens, step_state(1000, config, "cpu"), microbatches=microbatches).loss.backward()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    seen, said = ([names[id(parameter)] for parameter in order] for order in (finished, in_backward_order(model)))
+    seen, said = ([names[id(parameter)] for parameter in one] for one in (finished, order))
     if config.model.shared:
         assert seen == said
     else:  # the experts of all layers in one tensor, which is not worth an order of its own
