@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.measure import alternate, dense_ffn, device_name, quartiles, random_like, show, start_device
@@ -59,6 +59,22 @@ def routes(routing: str, shape: Shape, device: torch.device) -> Tensor:
     return liking.topk(shape.top_k, dim=1).indices[None]
 
 
+class GradientSums:
+    """What the gradients of parameters are added to, as in `distributed.Gradients`: float64 for microbatches, and not
+    the parameters' own but during a backward."""
+
+    def __init__(self, parameters: list[Tensor], microbatches: int | None) -> None:
+        dtype = torch.float32 if microbatches is None else torch.float64
+        self.of = {parameter: torch.zeros_like(parameter, dtype=dtype) for parameter in parameters}
+
+    def backward(self, outputs: list[Tensor], directions: list[Tensor]) -> None:
+        for parameter, total in self.of.items():
+            parameter.grad_dtype, parameter.grad = None, total
+        torch.autograd.backward(outputs, directions)
+        for parameter in self.of:
+            parameter.grad = None
+
+
 class BankLayer:
     """The bank and the router of a model of one layer, with random parameters, inputs and output gradients."""
 
@@ -77,8 +93,7 @@ class BankLayer:
             around, scale = (name == "adapters.scale"), 0.3 if "adapters" in name else parameter.shape[-1] ** -0.5
             parameter.data.copy_(around + scale * torch.randn_like(parameter))
         self.microbatches = shape.microbatches if shape.microbatches > 1 else None
-        for parameter in [*self.bank.parameters(), *self.routers.parameters()]:
-            zero_gradient(parameter, self.microbatches)
+        self.sums = GradientSums([*self.bank.parameters(), *self.routers.parameters()], self.microbatches)
         self.backend = self.bank.backend(dtype, shape.tokens)
         eager = not compile or self.backend == "avx512"  # which is compiled already
         self.forward = torch.compile(self.bank.forward, fullgraph=True, dynamic=False, disable=eager)
@@ -111,16 +126,15 @@ class BankLayer:
     def _step(self, experts: Experts, chosen: Tensor, direction: Tensor) -> Tensor:
         self.n.grad = self.gates.grad = None
         y = self.forward(experts, self.n, chosen, self.gates)
-        y.backward(direction)
+        self.sums.backward([y], [direction])
         return y.detach()
 
     def router_step(self) -> None:
         """Forward and backward of the router, of the token alone: logits, noise, top-K, gates."""
         self.n.grad = None
         routing = self.route(self.n, self.routers.of_layers(self.microbatches)[0])
-        torch.autograd.backward(
-            [routing.gates, routing.probabilities], [self.gate_direction, self.probability_direction]
-        )
+        directions = [self.gate_direction, self.probability_direction]
+        self.sums.backward([routing.gates, routing.probabilities], directions)
 
     def _route(self, n: Tensor, router: RouterOfLayer) -> Routing:
         (context,) = self.routers.context_logits(n, [], (router,))
@@ -135,21 +149,14 @@ class DenseLayer:
         self.w1 = random_like((hidden, width), layer.device, torch.float32, width**-0.5).requires_grad_()
         self.w2 = random_like((width, hidden), layer.device, torch.float32, hidden**-0.5).requires_grad_()
         self.microbatches = layer.microbatches
-        for weight in (self.w1, self.w2):
-            zero_gradient(weight, self.microbatches)
+        self.sums = GradientSums([self.w1, self.w2], self.microbatches)
         self.forward = torch.compile(dense_ffn, fullgraph=True, dynamic=False, disable=not layer.compile)
         self.n, self.direction = layer.n, layer.direction
 
     def step(self) -> None:
         self.n.grad = None
         w1, w2 = (per_microbatch(weight, self.microbatches) for weight in (self.w1, self.w2))
-        self.forward(self.n, w1, w2).backward(self.direction)
-
-
-def zero_gradient(parameter: nn.Parameter | Tensor, microbatches: int | None) -> None:
-    """As `distributed.Gradients` has it during a backward: float64 where microbatches are summed up."""
-    parameter.grad_dtype = None
-    parameter.grad = torch.zeros_like(parameter, dtype=torch.float32 if microbatches is None else torch.float64)
+        self.sums.backward([self.forward(self.n, w1, w2)], [self.direction])
 
 
 def largest_error(layer: BankLayer, chosen: Tensor) -> float:
@@ -186,7 +193,7 @@ def largest_error(layer: BankLayer, chosen: Tensor) -> float:
     pairs += [(gradient(layer.n)[0, sample], gradient(n)), (gradient(layer.gates)[0, sample], gradient(gates))]
     whole_parameters = [bank.w1, bank.w2, bank.adapters["scale"], bank.adapters["bias"]]
     for whole, parts in zip(whole_parameters, zip(*experts, strict=True), strict=True):
-        pairs.append((gradient(whole).view_as(whole), torch.cat([gradient(part) for part in parts]).view_as(whole)))
+        pairs.append((layer.sums.of[whole], torch.cat([gradient(part) for part in parts]).view_as(whole)))
     error = max(float((found - wanted).abs().max() / wanted.abs().max()) for found, wanted in pairs)
     if not error <= TOLERANCE[layer.dtype]:
         raise WrongError(f"the bank at {layer.shape} in {layer.dtype} is off its reference by {error:.2g}")

@@ -25,7 +25,7 @@ using at::BFloat16;
 using at::Tensor;
 namespace blas = at::native::cpublas;
 
-constexpr int64_t ALIGN = 16;  // rows of a block: few enough sizes that oneDNN has compiled them all soon
+constexpr int64_t ALIGN = 4;  // rows of a block: few enough sizes that oneDNN has compiled them all soon
 constexpr int64_t PANEL = 64;  // columns of a product: as many as oneDNN's innermost loop takes
 constexpr int64_t TILE = 128;  // rows of a weight's gradient that one core sums up
 

@@ -52,7 +52,7 @@ def test_no_input_is_zero_and_every_parameter_gets_a_gradient(layer):
     layer.step(routes("balanced", SHAPE, CPU), layer.direction)
     layer.router_step()
     for name, parameter in [*layer.bank.named_parameters(), *layer.routers.named_parameters()]:
-        assert parameter.grad.abs().sum() > 0, name
+        assert layer.sums.of[parameter].abs().sum() > 0, name
     assert layer.n.grad.abs().sum() > 0 and layer.gates.grad.abs().sum() > 0
 
 
@@ -60,7 +60,7 @@ def test_the_dense_layer_is_as_wide_as_the_experts_that_work_on_a_token(layer):
     dense = DenseLayer(layer)
     assert dense.w1.shape == (SHAPE.top_k * SHAPE.expert_width, SHAPE.width)
     dense.step()
-    assert dense.w1.grad.abs().sum() > 0 and dense.w2.grad.abs().sum() > 0 and layer.n.grad.abs().sum() > 0
+    assert all(total.abs().sum() > 0 for total in dense.sums.of.values()) and layer.n.grad.abs().sum() > 0
 
 
 def test_a_bank_that_is_right_passes(layer):
@@ -76,12 +76,20 @@ def test_a_bank_that_is_wrong_is_not_timed(layer, wrong):
         if wrong == "output":
             return y * 1.001
         parameter = layer.bank.w1 if wrong == "gradient of w1" else layer.bank.adapters["scale"]
-        parameter.grad[0] *= 1.01
+        layer.sums.of[parameter][0] *= 1.01
         return y
 
     layer.step = step
     with pytest.raises(WrongError, match="off its reference"):
         largest_error(layer, routes("skewed", SHAPE, CPU))
+
+
+def test_gradients_by_microbatch_are_right_too(layer):
+    by_microbatch = BankLayer(SHAPE._replace(microbatches=3), torch.float32, CPU, compile=False)
+    assert largest_error(by_microbatch, routes("skewed", SHAPE, CPU)) < 1e-5
+    DenseLayer(by_microbatch).step()
+    assert {total.dtype for total in by_microbatch.sums.of.values()} == {torch.float64}
+    assert {total.dtype for total in layer.sums.of.values()} == {torch.float32}
 
 
 def test_the_ratio_is_the_banks_time_over_the_dense_one(layer):

@@ -23,7 +23,7 @@ def test_each_number_grows_alone_from_the_presets_shape(program):
         ("experts", 1), ("experts", 4), ("top_k", 2), ("tokens", 64), ("layers", 2),
     ]  # fmt: skip
     arithmetic = [each["arithmetic_ms"] for each in rows]
-    assert arithmetic[0] == arithmetic[1] == arithmetic[2] / 2 == pytest.approx(64 * arithmetic[3])
+    assert arithmetic[0] == arithmetic[1] == arithmetic[2] / 2 == pytest.approx(128 * arithmetic[3])
     assert rows[0]["bytes_ms"] < rows[1]["bytes_ms"] and "bytes_ms" not in rows[4]
 
 
