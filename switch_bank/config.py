@@ -222,13 +222,15 @@ class Config:
         at a time (see `switch_bank.ops.microbatches`; None: one, and no care is taken).
 
         A microbatch is what memory allows; on a CPU no more than each of run.same_on_processes could send, so that it
-        is the same slices for them all, and as many go through together as memory allows."""
+        is the same slices for them all. Where their number does not show, as many go through together as fit."""
         step, limit = self.data.slices_per_step, max(1, self.run.tokens_per_forward // self.data.slice_tokens)
         own = step // processes
         most = math.gcd(own, step // math.gcd(step, self.run.same_on_processes)) if device.type == "cpu" else own
         slices = max(n for n in range(1, most + 1) if most % n == 0 and n <= limit)
         if device.type != "cpu":
             return slices, None
+        if not STRICT_PRODUCTS or compute_dtype(self.model.dtype, device) != torch.float32:
+            return slices, 1
         # A power of two: a mean over so many of them is divided exactly.
         return slices, max(2**n for n in range(16) if own % (2**n * slices) == 0 and 2**n * slices <= limit)
 
@@ -300,15 +302,20 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
+CPUINFO = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""  # Linux has it
+
+
 def _multiplies_bfloat16_faster() -> bool:
     """Whether this CPU multiplies bfloat16 faster than float32: with AMX, and with AVX-512 on AMD's cores. Intel's take
     twice as long by AVX-512 alone, which is what is left where a virtual machine hides AMX."""
-    cpus = Path("/proc/cpuinfo")
-    of_amd = cpus.exists() and "AuthenticAMD" in cpus.read_text()
+    of_amd = "AuthenticAMD" in CPUINFO
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() and of_amd
 
 
 CPU_PREFERS_BFLOAT16 = _multiplies_bfloat16_faster()  # read once: compiled code may not ask
+# MKL's products of float32 have the same bits for a row whatever other rows there are, if it is told so (`numerics`);
+# it listens on Intel's processors with AVX2 or AVX-512.
+STRICT_PRODUCTS = "GenuineIntel" in CPUINFO and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:

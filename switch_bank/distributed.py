@@ -139,9 +139,11 @@ class Gradients:
         self.backwards = backwards
         self.exact = self.flat.device.type == "cpu"
         self.sums = self.flat.double() if self.exact else self.flat
+        if self.exact:
+            for parameter in self.parameters:
+                parameter.grad_dtype = None  # any
         sizes, self.parameters_in = [0], [0]  # of each bucket
         for parameter in self.parameters:
-            parameter.grad_dtype = None if self.exact else torch.float32
             if sizes[-1] >= BUCKET:
                 sizes.append(0)
                 self.parameters_in.append(0)

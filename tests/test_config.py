@@ -3,12 +3,14 @@
 import dataclasses
 import json
 from typing import Any, get_type_hints
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from switch_bank import config as config_module
 from switch_bank.config import (
     Config,
     ConfigError,
@@ -177,24 +179,30 @@ def test_the_slices_of_a_step_are_shared_evenly_by_the_processes() -> None:
             presets["record"].check(processes)
 
 
-@given(st.integers(1, 64), st.sampled_from([1, 2, 4, 6, 8]), st.integers(1, 64))
+@given(st.integers(1, 64), st.sampled_from([1, 2, 4, 6, 8]), st.integers(1, 64), st.booleans())
 def test_on_a_cpu_microbatches_are_the_same_on_every_number_of_processes_that_was_asked_for(
-    slices: int, same_on: int, most: int
+    slices: int, same_on: int, most: int, strict: bool
 ) -> None:
     config = changed(Config(), "data", slices_per_step=slices, slice_tokens=128)
+    config = changed(config, "model", dtype="float32")
     config = changed(config, "run", same_on_processes=same_on, tokens_per_forward=128 * most)
-    found = {p: config.microbatch(p, torch.device("cpu")) for p in range(1, slices + 1) if slices % p == 0}
+    with mock.patch.object(config_module, "STRICT_PRODUCTS", strict):
+        found = {p: config.microbatch(p, torch.device("cpu")) for p in range(1, slices + 1) if slices % p == 0}
     assert len({of_microbatch for p, (of_microbatch, _) in found.items() if same_on % p == 0}) == 1
     for p, (of_microbatch, together) in found.items():
         assert together is not None
         assert slices // p % (of_microbatch * together) == 0 and of_microbatch * together <= most
         # As many go through together as fit; a power of two, by which a mean is divided without rounding.
         twice = 2 * of_microbatch * together
-        assert together.bit_count() == 1 and (twice > most or slices // p % twice)
+        assert together.bit_count() == 1 and (twice > most or slices // p % twice or not strict)
+        assert strict or together == 1
     # No more is asked of a GPU than that they fit; nor of a CPU, for a single process.
     largest = max(n for n in range(1, min(slices, most) + 1) if slices % n == 0)
     assert config.microbatch(1, torch.device("cuda")) == (largest, None)
     assert same_on > 1 or found[1] == (largest, 1)
+    with mock.patch.object(config_module, "STRICT_PRODUCTS", strict):
+        in_bfloat16 = changed(config, "model", dtype="bfloat16").microbatch(1, torch.device("cpu"))
+    assert in_bfloat16 == (found[1][0], 1)
 
 
 @given(st.integers(1, 20_000), st.sampled_from(list(presets)))

@@ -59,7 +59,8 @@ class _ChunkedLosses(torch.autograd.Function):
         all_losses = torch.cat(losses)
         ctx.mark_non_differentiable(all_losses)
         if wants_gradient:
-            ctx.save_for_backward(torch.cat(x_gradients), torch.cat(head_gradients))
+            head_gradient = torch.cat(head_gradients) if groups > 1 else head_gradients[0]  # to cat one would copy it
+            ctx.save_for_backward(torch.cat(x_gradients), head_gradient)
         # In float64, so that the sum does not depend on its order, which threads change.
         return all_losses.sum(dtype=torch.float64).to(all_losses.dtype), all_losses
 

@@ -71,9 +71,9 @@ class _Scaled(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, scalar = ctx.saved_tensors
-        of_microbatch = (grad * x).view(*scalar.shape, -1).sum(-1, dtype=torch.float64)
-        return _times(grad, scalar), of_microbatch.to(scalar.dtype)
+        gradient = (grad * x).reshape(*scalar.shape, -1).sum(-1, dtype=torch.float64)
+        return _times(grad, scalar), gradient.to(scalar.dtype)
 
 
 def _times(x: Tensor, scalar: Tensor) -> Tensor:
-    return scalar * x if scalar.ndim == 0 else (x.view(len(scalar), -1) * scalar[:, None]).view_as(x)
+    return scalar * x if scalar.ndim == 0 else (scalar[:, None] * x.reshape(len(scalar), -1)).view(x.shape)
