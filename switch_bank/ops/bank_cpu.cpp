@@ -181,16 +181,19 @@ Plan make_plan(const Tensor& chosen, int64_t experts, int64_t microbatches) {
   const int64_t* expert_of = chosen.const_data_ptr<int64_t>();
   TORCH_CHECK(count % microbatches == 0, count, " picks are no ", microbatches, " microbatches");
   std::vector<int64_t> start(experts * microbatches + 1, 0);  // of each expert's and microbatch's picks
-  const auto run_of = [&](int64_t pick) { return expert_of[pick] * microbatches + pick / in_microbatch; };
-  for (int64_t pick = 0; pick < count; ++pick) {
+  const auto each_pick = [&](auto body) {
+    for (int64_t m = 0, pick = 0; m < microbatches; ++m)
+      for (int64_t i = 0; i < in_microbatch; ++i, ++pick) body(pick, expert_of[pick] * microbatches + m);
+  };
+  each_pick([&](int64_t pick, int64_t run) {
     TORCH_CHECK(expert_of[pick] >= 0 && expert_of[pick] < experts, "expert ", expert_of[pick], " of ", experts);
-    ++start[run_of(pick) + 1];
-  }
+    ++start[run + 1];
+  });
   for (size_t run = 1; run < start.size(); ++run) start[run] += start[run - 1];
   Plan plan;
   plan.picks.resize(count);
   std::vector<int64_t> place(start.begin(), start.end() - 1);
-  for (int64_t pick = 0; pick < count; ++pick) plan.picks[place[run_of(pick)]++] = pick;
+  each_pick([&](int64_t pick, int64_t run) { plan.picks[place[run]++] = pick; });
   const int64_t largest = largest_segment(in_microbatch);  // whatever other microbatches go through with this one
   plan.largest = microbatches == 1 ? largest : LARGEST;
   int64_t offset = 0;
