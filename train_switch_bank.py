@@ -144,8 +144,8 @@ def main(config: Config, world: World) -> None:
         inputs, targets = stream.batch(step)
         gradients.zero_()
         sums = torch.zeros((), dtype=torch.float64, device=device)  # exact, whatever the order
+        noise_seed = seed if noise else None
         for some in zip(*(part.split(slices_together) for part in (inputs, targets, stream.own_slices)), strict=True):
-            noise_seed = seed if noise else None
             output = model(some[0], some[1], states[step], some[2], noise_seed, window_of(step), microbatches)
             share = slices_together / data.slices_per_step
             gradients.backward(output.loss * share)

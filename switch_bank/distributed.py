@@ -162,6 +162,9 @@ class Gradients:
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of a 0-dim loss; in the last backward of a step, begins to add up over the processes."""
         self.backwards_left -= 1
+        if not self.exact:
+            loss.backward()
+            return
         _set_gradients(self.parameters, self.sums)
         loss.backward()
         _set_gradients(self.parameters, self.flat)  # the compiler wants a gradient of the parameter's own dtype

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 
 from switch_bank import tracking
-from switch_bank.config import Config, ConfigError, RunConfig
+from switch_bank.config import CPUINFO, Config, ConfigError, RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ("log.txt", "metrics.jsonl")  # a checkpoint says how long they were
@@ -205,11 +205,9 @@ def _version(package: str) -> str | None:
 
 def cpu_name() -> str:
     """The processor's name, as the system gives it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+    for line in CPUINFO.splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
 
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from switch_bank.config import CPUINFO
+
 ROOT = Path(__file__).resolve().parent.parent
 EOD = 256
-CPUS = Path("/proc/cpuinfo")
-ON_INTEL = CPUS.exists() and "GenuineIntel" in CPUS.read_text()  # MKL is for its maker's processors
+ON_INTEL = "GenuineIntel" in CPUINFO  # MKL is for its maker's processors
 
 
 def byte_documents(files: list[Path], eod: int) -> np.ndarray:

@@ -154,6 +154,15 @@ def test_slices_that_go_through_together_or_one_by_one_learn_the_same(shards, tm
     assert losses(tmp_path / "512") == losses(tmp_path / "2048") == losses(tmp_path / "4096")
 
 
+def test_microbatches_of_one_slice_or_of_four_learn_the_same(shards, tmp_path):
+    # At these rates margins grow soon, so that no rounding flips a route.
+    options = [*tiny(shards), "--run.steps", "20", "--optim.router-lr", "0.01", "--optim.head-lr", "0.003"]
+    options += ["--run.same-on-processes", "1"]
+    for tokens in ("512", "2048"):
+        train([*options, "--run.tokens-per-forward", tokens], tmp_path / tokens)
+    assert losses(tmp_path / "512") == pytest.approx(losses(tmp_path / "2048"), abs=1e-4)
+
+
 def test_the_clip_of_a_run_has_seen_the_gradients_of_its_routers(finished):
     norms = load(finished[0] / "checkpoint.pt")["clip"]["norms"]
     assert norms.isfinite().sum() > 40  # of 50 steps; where one expert is alone there is no gradient

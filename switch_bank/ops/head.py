@@ -45,8 +45,8 @@ class _ChunkedLosses(torch.autograd.Function):
         losses, x_gradients, head_gradients = [], [], []
         groups = microbatches // together
         for x_of_group, targets_of_group in zip(x.chunk(groups), targets.chunk(groups), strict=True):
-            of_group: list[Tensor] = []
-            for some_x, some_targets in zip(x_of_group.chunk(chunks), targets_of_group.chunk(chunks), strict=True):
+            of_chunks = zip(x_of_group.chunk(chunks), targets_of_group.chunk(chunks), strict=True)
+            for chunk, (some_x, some_targets) in enumerate(of_chunks):
                 some_losses, z_gradient = _losses_and_gradient(some_x, weight, some_targets)
                 losses.append(some_losses)
                 if wants_gradient:
@@ -54,8 +54,10 @@ class _ChunkedLosses(torch.autograd.Function):
                     if head.ndim == 3:
                         some_x, z_gradient = (rows.unflatten(0, (together, -1)) for rows in (some_x, z_gradient))
                     of_chunk = (z_gradient.mT @ some_x).to(head.dtype)
-                    of_group = [of_group[0] + of_chunk] if of_group else [of_chunk]
-            head_gradients += of_group
+                    if chunk == 0:
+                        head_gradients.append(of_chunk)
+                    else:
+                        head_gradients[-1] = head_gradients[-1] + of_chunk
         all_losses = torch.cat(losses)
         ctx.mark_non_differentiable(all_losses)
         if wants_gradient:
