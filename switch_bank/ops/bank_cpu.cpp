@@ -1,7 +1,8 @@
 // The bank's feed-forward on a CPU with AVX-512: y = Σ_k gate_k · W2[e_k]·relu²(W1[e_k]·(scale·x + bias)).
 //
 // Rows go through in blocks of one expert each, all of a block on one core: gathered, multiplied, gated and written to
-// their place while they are in its cache. The products are oneDNN's, in one thread each, by way of at::native::cpublas.
+// their place while they are in its cache. Products of rows and matrices are oneDNN's, in one thread each, by way of
+// at::native::cpublas; those of rows and rows, the gradients of the matrices, take both as they are, and are our own.
 // Cores take blocks as they get free, but no sum depends on which core took what: the same bits for any thread count.
 //
 // T is the type of the activations, float or BFloat16; sums are float. A matrix [k, n] that stands at the right of a
@@ -16,6 +17,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <numeric>
 #include <type_traits>
 #include <vector>
 
@@ -27,7 +29,10 @@ namespace blas = at::native::cpublas;
 
 constexpr int64_t ALIGN = 4;  // rows of a block: few enough sizes that oneDNN has compiled them all soon
 constexpr int64_t PANEL = 64;  // columns of a product: as many as oneDNN's innermost loop takes
+constexpr int64_t STRIP = 32;  // columns of a product of rows and rows: two registers
 constexpr int64_t TILE = 128;  // rows of a weight's gradient that one core sums up
+
+int64_t even(int64_t rows) { return (rows + 1) / 2 * 2; }
 
 // ---- rows of numbers, 16 at a time ---------------------------------------------------------------------------------
 
@@ -65,22 +70,28 @@ void transpose(const T* from, int64_t from_stride, T* to, int64_t to_stride, int
           int(std::min(SIDE, rows - r)), int(std::min(SIDE, columns - c)));
 }
 
-template <typename Body>
+template <int64_t WIDTH = PANEL, typename Body>
 inline void each_panel(int64_t columns, Body body) {
-  for (int64_t at = 0; at < columns; at += PANEL) body(at, std::min(PANEL, columns - at));
+  for (int64_t at = 0; at < columns; at += WIDTH) body(at, std::min(WIDTH, columns - at));
 }
 
 inline void put_panel(const float* from, int64_t stride, float* to, int64_t rows, int64_t columns) {
   for (int64_t r = 0; r < rows; ++r) std::copy(from + r * stride, from + r * stride + columns, to + r * columns);
 }
 inline void put_panel(const BFloat16* from, int64_t stride, BFloat16* to, int64_t rows, int64_t columns) {
-  at::vec::pack_vnni2(from, to, stride, rows, columns);
+  const int64_t even = rows / 2 * 2;
+  at::vec::pack_vnni2(from, to, stride, even, columns);
+  if (even < rows)
+    each16(columns, [&](int64_t c, __mmask16 lanes) {
+      const __m256i row = _mm256_maskz_loadu_epi16(lanes, from + even * stride + c);
+      _mm512_mask_storeu_epi32(to + even * columns + 2 * c, lanes, _mm512_cvtepu16_epi32(row));
+    });
 }
 
 // Rows first, first + 1, ... of a matrix [k, n], as it stands at the right of a product. from: [rows, n].
-template <typename T>
+template <int64_t WIDTH = PANEL, typename T>
 void as_right(const T* from, T* to, int64_t first, int64_t rows, int64_t k, int64_t n) {
-  each_panel(n, [&](int64_t at, int64_t columns) {
+  each_panel<WIDTH>(n, [&](int64_t at, int64_t columns) {
     put_panel(from + at, n, to + at * k + first * columns, rows, columns);
   });
 }
@@ -90,6 +101,88 @@ template <typename T>
 void multiply(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_stride, const T* b, float* c, bool add) {
   each_panel(n, [&](int64_t at, int64_t columns) {
     blas::brgemm(m, columns, k, a_stride, columns, n, add, a, b + at * k, c + at, sizeof(T) == 2);
+  });
+}
+
+// ---- products of rows and rows -------------------------------------------------------------------------------------
+
+// Both operands lie in panels of STRIP columns, as_right<STRIP> has them, of even(rows) rows.
+
+// Sixteen numbers of float, or sixteen pairs of BFloat16, in which two rows lie together.
+template <typename T>
+inline __m512 load_strip(const T* from, __mmask16 lanes) {
+  return _mm512_maskz_loadu_ps(lanes, reinterpret_cast<const float*>(from));
+}
+template <typename T>
+inline __m512 everywhere(const T* from) {
+  return _mm512_set1_ps(*reinterpret_cast<const float*>(from));
+}
+template <typename T>
+inline __m512 add_products(__m512 a, __m512 b, __m512 sum) {
+#ifdef __AVX512BF16__
+  if constexpr (std::is_same_v<T, BFloat16>) return _mm512_dpbf16_ps(sum, __m512bh(a), __m512bh(b));
+#endif
+  return _mm512_fmadd_ps(a, b, sum);
+}
+
+inline void add_to(float* to, __mmask16 lanes, __m512 value) { store(to, lanes, _mm512_add_ps(load(to, lanes), value)); }
+inline void add_to(double* to, __mmask16 lanes, __m512 value) {
+  const __m512d halves[] = {
+      _mm512_cvtps_pd(_mm512_castps512_ps256(value)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(value, 1))};
+  for (int half = 0; half < 2; ++half) {
+    const __mmask8 own = __mmask8(lanes >> (8 * half));
+    const __m512d sum = _mm512_add_pd(_mm512_maskz_loadu_pd(own, to + 8 * half), halves[half]);
+    _mm512_mask_storeu_pd(to + 8 * half, own, sum);
+  }
+}
+
+// to [M, columns] += Σ_r left[r, M]ᵀ·right[r, columns], M rows and at most STRIP columns, in float until it is added.
+template <int M, bool WHOLE, typename T, typename Sum>
+__attribute__((noinline)) void add_tile(
+    int64_t rows, const T* left, int64_t left_columns, const T* right, int64_t columns, Sum* to, int64_t to_columns) {
+  constexpr int64_t TOGETHER = sizeof(float) / sizeof(T);
+  const auto lanes = [&](int64_t from) {
+    return WHOLE ? __mmask16(0xFFFF) : __mmask16((1u << std::clamp<int64_t>(columns - from, 0, 16)) - 1);
+  };
+  const __mmask16 low = lanes(0), high = lanes(16);
+  __m512 sums[M][2];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) sums[m][0] = sums[m][1] = _mm512_setzero_ps();
+  for (int64_t r = 0; r < rows; r += TOGETHER) {
+    const __m512 a = load_strip(right, low), b = load_strip(right + 16 * TOGETHER, high);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      const __m512 one = everywhere(left + m * TOGETHER);
+      sums[m][0] = add_products<T>(one, a, sums[m][0]);
+      sums[m][1] = add_products<T>(one, b, sums[m][1]);
+    }
+    left += left_columns * TOGETHER;
+    right += columns * TOGETHER;
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+    add_to(to + m * to_columns, low, sums[m][0]);
+    add_to(to + m * to_columns + 16, high, sums[m][1]);
+  }
+}
+
+// to [end - begin, n] += leftᵀ·right, of the columns from begin to end of left [rows, m], and right [rows, n].
+template <typename T, typename Sum>
+void add_product(
+    int64_t rows, const T* left, int64_t m, int64_t begin, int64_t end, const T* right, int64_t n, Sum* to) {
+  each_panel<STRIP>(n, [&](int64_t at, int64_t columns) {
+    const T* own_right = right + at * even(rows);
+    for (int64_t row = begin; row < end;) {
+      const int64_t panel = row / STRIP * STRIP, left_columns = std::min(STRIP, m - panel);
+      const T* own_left = left + panel * even(rows) + (row - panel) * int64_t(sizeof(float) / sizeof(T));
+      const auto tile = [&]<int M, bool WHOLE>() {
+        add_tile<M, WHOLE>(rows, own_left, left_columns, own_right, columns, to + (row - begin) * n + at, n);
+        row += M;
+      };
+      if (std::min(end, panel + left_columns) - row < 8) tile.template operator()<1, false>();
+      else if (columns == STRIP) tile.template operator()<8, true>();
+      else tile.template operator()<8, false>();
+    }
   });
 }
 
@@ -135,22 +228,19 @@ thread_local Scratch of_call;  // while one call lasts
 
 // A pick is a (token, k) pair, token·K + k; picks are in the order of their expert, then of their microbatch.
 
-// Rows of one expert and one microbatch: what a gradient of its weights is summed over in float.
+// Rows of one expert and one microbatch, not too many: what a gradient of its weights is summed over in float.
 struct Segment {
   int64_t microbatch;
-  int64_t first;   // of its picks, in `Plan::picks`
-  int64_t rows;
-  int64_t padded;  // rows, filled up with zeros
-  int64_t offset;  // of its first row among the padded rows of all segments
+  int64_t first, rows;  // of its picks, in `Plan::picks`
+  int64_t offset;       // of its first row in `Operands`: an even number, as they may lie in pairs
 };
 
 // Segments of one expert that follow one another, as many as go through the products of rows together.
 struct Block {
   int64_t expert;
   int64_t first_segment, segments;
-  int64_t first, rows;    // of its picks
-  int64_t padded;         // rows, filled up with zeros behind the last one
-  int64_t padded_apart;   // the same, each segment filled up by itself
+  int64_t first, rows;  // of its picks
+  int64_t padded;       // rows, filled up with zeros
 };
 
 struct Plan {
@@ -158,15 +248,17 @@ struct Plan {
   std::vector<int64_t> picks;
   std::vector<Segment> segments;
   std::vector<int64_t> first_segment;  // [E + 1] of each expert
+  std::vector<int64_t> first_block;    // [E + 1]
   std::vector<Block> blocks;
 
-  int64_t offset(const Block& block) const { return segments[block.first_segment].offset; }
+  int64_t experts() const { return int64_t(first_block.size()) - 1; }
+  int64_t rows(int64_t expert) const {
+    int64_t sum = 0;
+    for (int64_t i = first_block[expert]; i < first_block[expert + 1]; ++i) sum += blocks[i].rows;
+    return sum;
+  }
+  int64_t operand_rows() const { return segments.empty() ? 0 : segments.back().offset + even(segments.back().rows); }
 };
-
-// At most, all segments filled up by themselves: only the last one of an expert and a microbatch is.
-int64_t padded_rows(int64_t picks, int64_t experts, int64_t microbatches) {
-  return picks + ALIGN * experts * microbatches;
-}
 
 int64_t padded(int64_t rows) { return (rows + ALIGN - 1) / ALIGN * ALIGN; }
 
@@ -206,23 +298,24 @@ Plan make_plan(const Tensor& chosen, int64_t experts, int64_t microbatches) {
       const int64_t each = parts == 0 ? 0 : padded((end - begin + parts - 1) / parts);
       for (int64_t first = begin; first < end; first += each) {
         const int64_t rows = std::min(each, end - first);
-        plan.segments.push_back({m, first, rows, padded(rows), offset});
-        offset += padded(rows);
+        plan.segments.push_back({m, first, rows, offset});
+        offset += even(rows);
       }
     }
+    plan.first_block.push_back(int64_t(plan.blocks.size()));
     for (int64_t i = plan.first_segment[e]; i < int64_t(plan.segments.size()); ++i) {
       const Segment& segment = plan.segments[i];
       const bool opens = i == plan.first_segment[e];
-      if (opens || plan.blocks.back().padded_apart + segment.padded > plan.largest)
-        plan.blocks.push_back({e, i, 0, segment.first, 0, 0, 0});
+      if (opens || plan.blocks.back().rows + segment.rows > plan.largest)
+        plan.blocks.push_back({e, i, 0, segment.first, 0, 0});
       Block& block = plan.blocks.back();
       ++block.segments;
       block.rows += segment.rows;
       block.padded = padded(block.rows);
-      block.padded_apart += segment.padded;
     }
   }
   plan.first_segment.push_back(int64_t(plan.segments.size()));
+  plan.first_block.push_back(int64_t(plan.blocks.size()));
   return plan;
 }
 
@@ -242,22 +335,21 @@ struct Layer {
         scale(scale.numel() ? scale.const_data_ptr<float>() : nullptr),
         bias(bias.numel() ? bias.const_data_ptr<float>() : nullptr) {}
 
-  // The rows of a block or a segment as its expert sees them, zeros behind the last one. to: [padded, D].
-  template <typename Rows>
-  void gather(const Plan& plan, const Rows& some, int64_t expert, T* to) const {
-    for (int64_t r = 0; r < some.rows; ++r) {
-      const T* from = x + plan.picks[some.first + r] / top_k * width;
+  // The rows of a block as its expert sees them, zeros behind the last one. to: [padded, D].
+  void gather(const Plan& plan, const Block& block, T* to) const {
+    for (int64_t r = 0; r < block.rows; ++r) {
+      const T* from = x + plan.picks[block.first + r] / top_k * width;
       if (scale == nullptr) {
         std::copy(from, from + width, to + r * width);
         continue;
       }
-      const float *own_scale = scale + expert * width, *own_bias = bias + expert * width;
+      const float *own_scale = scale + block.expert * width, *own_bias = bias + block.expert * width;
       each16(width, [&](int64_t c, __mmask16 lanes) {
         const __m512 value = load(from + c, lanes);
         store(to + r * width + c, lanes, _mm512_fmadd_ps(value, load(own_scale + c, lanes), load(own_bias + c, lanes)));
       });
     }
-    std::fill(to + some.rows * width, to + some.padded * width, T(0));
+    std::fill(to + block.rows * width, to + block.padded * width, T(0));
   }
 };
 
@@ -308,10 +400,11 @@ void forward(
     float *inner = own.take<float>(plan.largest * hidden), *outer = own.take<float>(plan.largest * width);
     return [&, rows, squares, inner, outer](int64_t task) {
       const Block& block = plan.blocks[task];
-      layer.gather(plan, block, block.expert, rows);
+      layer.gather(plan, block, rows);
       multiply(block.padded, hidden, width, rows, width, w1 + block.expert * width * hidden, inner, false);
-      T* relu = kept == nullptr ? squares : kept + plan.offset(block) * hidden;
-      each16(block.padded * hidden, [&](int64_t i, __mmask16 lanes) {
+      T* relu = kept == nullptr ? squares : kept + block.first * hidden;
+      std::fill(squares + block.rows * hidden, squares + block.padded * hidden, T(0));
+      each16(block.rows * hidden, [&](int64_t i, __mmask16 lanes) {
         store(relu + i, lanes, _mm512_max_ps(load(inner + i, lanes), _mm512_setzero_ps()));
         const __m512 value = load(relu + i, lanes);  // as rounded, so that the backward is of the same numbers
         store(squares + i, lanes, _mm512_mul_ps(value, value));
@@ -331,85 +424,83 @@ void forward(
 
 // ---- backward ------------------------------------------------------------------------------------------------------
 
-// What the weights' gradients are products of, for every segment: [columns, padded] at the left, [padded, columns] at
-// the right, at offset·columns.
+// What the weights' gradients are products of: of each segment [even(rows), columns] in panels, at (offset - first)·columns.
 template <typename T>
 struct Operands {
-  T *hidden_left, *rows_right;  // w1: gradient of W1·x, and x
-  T *y_left, *squares_right;    // w2: gradient of the gated y, and relu²
+  int64_t first;          // offset of the first segment that lies here
+  T *grad_hidden, *rows;  // w1: gradient of W1·rows, and the rows as the expert sees them
+  T *grad_y, *squares;    // w2: gradient of W2·squares, and relu²
 
   Operands(Scratch& memory, int64_t rows, int64_t width, int64_t hidden)
-      : hidden_left(memory.take<T>(rows * hidden)), rows_right(memory.take<T>(rows * width)),
-        y_left(memory.take<T>(rows * width)), squares_right(memory.take<T>(rows * hidden)) {}
+      : first(0), grad_hidden(memory.take<T>(rows * hidden)), rows(memory.take<T>(rows * width)),
+        grad_y(memory.take<T>(rows * width)), squares(memory.take<T>(rows * hidden)) {}
+
+  // from: [segment.rows, columns]
+  void put(const Segment& segment, const T* from, T* to, int64_t columns) const {
+    as_right<STRIP>(from, to + (segment.offset - first) * columns, 0, segment.rows, even(segment.rows), columns);
+  }
 };
 
 template <typename T>
-void backward_of_rows(
-    const Layer<T>& layer, const Plan& plan, const T* grad_y, const T* w1, const T* w2, const T* kept, Tensor& grad_x,
-    float* grad_gates, float* adapter_parts, Operands<T>& operands) {
-  const int64_t width = layer.width, hidden = layer.hidden;
-  PickSums<T> sums(grad_x, layer.top_k);
-  share(int64_t(plan.blocks.size()), [&] {
-    Scratch& own = of_core.fresh();
-    T *rows = own.take<T>(plan.largest * width), *gated = own.take<T>(plan.largest * width);
-    T *squares = own.take<T>(plan.largest * hidden), *grad_hidden = own.take<T>(plan.largest * hidden);
-    float *inner = own.take<float>(plan.largest * hidden), *outer = own.take<float>(plan.largest * width);
-    return [&, rows, gated, squares, grad_hidden, inner, outer](int64_t task) {
-      const Block& block = plan.blocks[task];
+struct Backward {
+  const Layer<T>& layer;
+  const Plan& plan;
+  const T *grad_y, *w1, *w2, *kept;
+  PickSums<T> grad_x;
+  float *grad_gates, *adapter_parts;
+
+  // What a core does with the rows of a block. It leaves the operands of the weights' gradients.
+  auto prepare_rows() {
+    const int64_t width = layer.width, hidden = layer.hidden;
+    T *rows = of_core.take<T>(plan.largest * width), *squares = of_core.take<T>(plan.largest * hidden);
+    T* grad_hidden = of_core.take<T>(plan.largest * hidden);
+    float *inner = of_core.take<float>(plan.largest * hidden), *outer = of_core.take<float>(plan.largest * width);
+    return [=, this](const Block& block, const Operands<T>& operands) {
+      const Segment* segments = &plan.segments[block.first_segment];
+      const auto put = [&](const T* from, T* to, int64_t columns) {
+        for (const Segment* segment = segments; segment < segments + block.segments; ++segment)
+          operands.put(*segment, from + (segment->first - block.first) * columns, to, columns);
+      };
       for (int64_t r = 0; r < block.rows; ++r) {
         const T* from = grad_y + plan.picks[block.first + r] / layer.top_k * width;
         std::copy(from, from + width, rows + r * width);
       }
       std::fill(rows + block.rows * width, rows + block.padded * width, T(0));
       multiply(block.padded, hidden, width, rows, width, w2 + block.expert * width * hidden, inner, false);
-      const Segment* segments = &plan.segments[block.first_segment];
-      // From here on, each segment is filled up by itself.
-      for (const Segment* segment = segments; segment < segments + block.segments; ++segment) {
-        const int64_t from = segment->first - block.first, to = segment->offset - segments->offset;
-        for (int64_t r = 0; r < segment->rows; ++r) {
-          const int64_t pick = plan.picks[segment->first + r];
-          const T* relu = kept + (segments->offset + from + r) * hidden;
-          const __m512 gate = _mm512_set1_ps(layer.gates[pick]);
-          __m512 grad_gate = _mm512_setzero_ps();
-          each16(hidden, [&](int64_t c, __mmask16 lanes) {
-            const __m512 value = load(relu + c, lanes), grad = load(inner + (from + r) * hidden + c, lanes);
-            const __m512 square = _mm512_mul_ps(value, value);
-            store(squares + (to + r) * hidden + c, lanes, square);
-            grad_gate = _mm512_fmadd_ps(square, grad, grad_gate);
-            const __m512 slope = _mm512_add_ps(value, value);
-            store(grad_hidden + (to + r) * hidden + c, lanes, _mm512_mul_ps(_mm512_mul_ps(gate, grad), slope));
-          });
-          grad_gates[pick] = _mm512_reduce_add_ps(grad_gate);
-          each16(width, [&](int64_t c, __mmask16 lanes) {
-            store(gated + (to + r) * width + c, lanes, _mm512_mul_ps(gate, load(rows + (from + r) * width + c, lanes)));
-          });
-        }
-        const int64_t last = to + segment->rows, end = to + segment->padded;
-        std::fill(squares + last * hidden, squares + end * hidden, T(0));
-        std::fill(grad_hidden + last * hidden, grad_hidden + end * hidden, T(0));
-        std::fill(gated + last * width, gated + end * width, T(0));
-        T *hidden_left = operands.hidden_left + segment->offset * hidden;
-        transpose(grad_hidden + to * hidden, hidden, hidden_left, segment->padded, segment->padded, hidden);
-        T *squares_right = operands.squares_right + segment->offset * hidden;
-        as_right(squares + to * hidden, squares_right, 0, segment->padded, segment->padded, hidden);
-        T *y_left = operands.y_left + segment->offset * width;
-        transpose(gated + to * width, width, y_left, segment->padded, segment->padded, width);
+      for (int64_t r = 0; r < block.rows; ++r) {
+        const int64_t pick = plan.picks[block.first + r];
+        const T* relu = kept + (block.first + r) * hidden;
+        const __m512 gate = _mm512_set1_ps(layer.gates[pick]);
+        __m512 grad_gate = _mm512_setzero_ps();
+        each16(hidden, [&](int64_t c, __mmask16 lanes) {
+          const __m512 value = load(relu + c, lanes), grad = load(inner + r * hidden + c, lanes);
+          const __m512 square = _mm512_mul_ps(value, value);
+          store(squares + r * hidden + c, lanes, square);
+          grad_gate = _mm512_fmadd_ps(square, grad, grad_gate);
+          const __m512 slope = _mm512_add_ps(value, value);
+          store(grad_hidden + r * hidden + c, lanes, _mm512_mul_ps(_mm512_mul_ps(gate, grad), slope));
+        });
+        grad_gates[pick] = _mm512_reduce_add_ps(grad_gate);
+        each16(width, [&](int64_t c, __mmask16 lanes) {
+          store(rows + r * width + c, lanes, _mm512_mul_ps(gate, load(rows + r * width + c, lanes)));
+        });
       }
-      multiply(
-          block.padded_apart, width, hidden, grad_hidden, hidden, w1 + block.expert * width * hidden, outer, false);
+      std::fill(grad_hidden + block.rows * hidden, grad_hidden + block.padded * hidden, T(0));
+      put(squares, operands.squares, hidden);
+      put(grad_hidden, operands.grad_hidden, hidden);
+      put(rows, operands.grad_y, width);
+      multiply(block.padded, width, hidden, grad_hidden, hidden, w1 + block.expert * width * hidden, outer, false);
+      layer.gather(plan, block, rows);
+      put(rows, operands.rows, width);
       const float* scale = layer.scale == nullptr ? nullptr : layer.scale + block.expert * width;
       for (const Segment* segment = segments; segment < segments + block.segments; ++segment) {
-        layer.gather(plan, *segment, block.expert, rows);
-        T *rows_right = operands.rows_right + segment->offset * width;
-        as_right(rows, rows_right, 0, segment->padded, segment->padded, width);
         float *grad_scale = adapter_parts + 2 * (segment - plan.segments.data()) * width, *grad_bias = grad_scale + width;
         if (scale != nullptr) std::fill(grad_scale, grad_scale + 2 * width, 0.0f);
-        const float* grads = outer + (segment->offset - segments->offset) * width;
-        for (int64_t r = 0; r < segment->rows; ++r) {
-          const int64_t pick = plan.picks[segment->first + r];
+        for (int64_t r = segment->first - block.first; r < segment->first - block.first + segment->rows; ++r) {
+          const int64_t pick = plan.picks[block.first + r];
           const T* x = layer.x + pick / layer.top_k * width;
-          sums.put(pick, [&](int64_t c, __mmask16 lanes) {
-            const __m512 grad = load(grads + r * width + c, lanes);
+          grad_x.put(pick, [&](int64_t c, __mmask16 lanes) {
+            const __m512 grad = load(outer + r * width + c, lanes);
             if (scale == nullptr) return grad;
             store(grad_scale + c, lanes, _mm512_fmadd_ps(grad, load(x + c, lanes), load(grad_scale + c, lanes)));
             store(grad_bias + c, lanes, _mm512_add_ps(grad, load(grad_bias + c, lanes)));
@@ -418,49 +509,75 @@ void backward_of_rows(
         }
       }
     };
-  });
-  sums.finish();
-}
+  }
 
-// Adds to grad_w1 [E, F, D] and grad_w2 [E, D, F], which are both float or both double: with double, what each microbatch
-// adds is summed in float by itself.
-template <typename T, typename Sum>
-void backward_of_weights(
-    const Layer<T>& layer, const Plan& plan, const Operands<T>& operands, Sum* grad_w1, Sum* grad_w2) {
-  constexpr bool EXACT = std::is_same_v<Sum, double>;
-  const int64_t width = layer.width, hidden = layer.hidden, experts = int64_t(plan.first_segment.size()) - 1;
-  const int64_t tiles_w1 = (hidden + TILE - 1) / TILE, tiles_w2 = (width + TILE - 1) / TILE;
-  share(experts * (tiles_w1 + tiles_w2), [&] {
-    float* of_microbatch = EXACT ? of_core.fresh().take<float>(TILE * std::max(width, hidden)) : nullptr;
-    return [&, of_microbatch](int64_t task) {
-      const int64_t expert = task / (tiles_w1 + tiles_w2), tile = task % (tiles_w1 + tiles_w2);
-      const bool first = tile < tiles_w1;
-      const int64_t rows = first ? hidden : width, columns = first ? width : hidden;
-      const int64_t begin = (first ? tile : tile - tiles_w1) * TILE, count = std::min(TILE, rows - begin);
-      const T *left = first ? operands.hidden_left : operands.y_left;
-      const T *right = first ? operands.rows_right : operands.squares_right;
-      Sum* to = (first ? grad_w1 : grad_w2) + (expert * rows + begin) * columns;
-      const int64_t end = plan.first_segment[expert + 1];
-      for (int64_t i = plan.first_segment[expert]; i < end; ++i) {
-        const Segment& segment = plan.segments[i];
-        const T* own_left = left + segment.offset * rows + begin * segment.padded;
-        const T* own_right = right + segment.offset * columns;
-        if constexpr (EXACT) {
-          const bool opens = i == plan.first_segment[expert] || plan.segments[i - 1].microbatch != segment.microbatch;
-          multiply(count, columns, segment.padded, own_left, segment.padded, own_right, of_microbatch, !opens);
-          if (i + 1 < end && plan.segments[i + 1].microbatch == segment.microbatch) continue;
-          for (int64_t c = 0; c < count * columns; c += 8) {
-            const __mmask8 lanes = c + 8 <= count * columns ? 0xFF : __mmask8((1u << (count * columns - c)) - 1);
-            const __m512d added = _mm512_cvtps_pd(_mm256_maskz_loadu_ps(lanes, of_microbatch + c));
-            _mm512_mask_storeu_pd(to + c, lanes, _mm512_add_pd(_mm512_maskz_loadu_pd(lanes, to + c), added));
+  // Adds what `count` segments of an expert give to TILE rows of grad_w1 [E, F, D] or, behind these, of grad_w2
+  // [E, D, F], float or double: what a segment adds is summed in float.
+  template <typename Sum>
+  void weights_of_tile(
+      const Operands<T>& operands, int64_t expert, int64_t first, int64_t count, int64_t tile, Sum* grad_w1,
+      Sum* grad_w2) const {
+    const int64_t width = layer.width, hidden = layer.hidden, tiles_w1 = (hidden + TILE - 1) / TILE;
+    const bool of_w1 = tile < tiles_w1;
+    const int64_t rows = of_w1 ? hidden : width, columns = of_w1 ? width : hidden;
+    const int64_t begin = (of_w1 ? tile : tile - tiles_w1) * TILE, end = std::min(begin + TILE, rows);
+    const T *left = of_w1 ? operands.grad_hidden : operands.grad_y;
+    const T *right = of_w1 ? operands.rows : operands.squares;
+    Sum* to = (of_w1 ? grad_w1 : grad_w2) + (expert * rows + begin) * columns;
+    for (int64_t i = first; i < first + count; ++i) {
+      const int64_t at = plan.segments[i].offset - operands.first;
+      add_product(plan.segments[i].rows, left + at * rows, rows, begin, end, right + at * columns, columns, to);
+    }
+  }
+
+  template <typename Sum>
+  void run(Sum* grad_w1, Sum* grad_w2) {
+    const int64_t width = layer.width, hidden = layer.hidden, experts = plan.experts();
+    const int64_t tiles = (hidden + TILE - 1) / TILE + (width + TILE - 1) / TILE;
+    if (expert_by_expert(2 * width * hidden * int64_t(sizeof(Sum)))) {
+      std::vector<int64_t> largest_first(experts);
+      std::iota(largest_first.begin(), largest_first.end(), 0);
+      std::stable_sort(
+          largest_first.begin(), largest_first.end(), [&](int64_t a, int64_t b) { return plan.rows(a) > plan.rows(b); });
+      share(experts, [&] {
+        Operands<T> operands(of_core.fresh(), 2 * plan.largest, width, hidden);
+        auto rows_of_block = prepare_rows();
+        return [&, operands, rows_of_block](int64_t i) mutable {
+          const int64_t expert = largest_first[i];
+          for (int64_t b = plan.first_block[expert]; b < plan.first_block[expert + 1]; ++b) {
+            const Block& block = plan.blocks[b];
+            operands.first = plan.segments[block.first_segment].offset;
+            rows_of_block(block, operands);
+            for (int64_t tile = 0; tile < tiles; ++tile)
+              weights_of_tile(operands, expert, block.first_segment, block.segments, tile, grad_w1, grad_w2);
           }
-        } else {
-          multiply(count, columns, segment.padded, own_left, segment.padded, own_right, to, true);
-        }
-      }
-    };
-  });
-}
+        };
+      });
+    } else {
+      const Operands<T> operands(of_call.fresh(), plan.operand_rows(), width, hidden);
+      share(int64_t(plan.blocks.size()), [&] {
+        of_core.fresh();
+        return [&, rows_of_block = prepare_rows()](int64_t b) { rows_of_block(plan.blocks[b], operands); };
+      });
+      share(experts * tiles, [&] {
+        return [&](int64_t i) {
+          const int64_t expert = i / tiles, first = plan.first_segment[expert];
+          weights_of_tile(operands, expert, first, plan.first_segment[expert + 1] - first, i % tiles, grad_w1, grad_w2);
+        };
+      });
+    }
+    grad_x.finish();
+  }
+
+  // Whether a core does all of an expert, whose operands and gradients then stay in its cache; the same bits. Not where
+  // the gradients are larger, nor where cores would wait for the one with the largest expert.
+  bool expert_by_expert(int64_t bytes) const {
+    const int64_t threads = at::get_num_threads();
+    int64_t largest = 0;
+    for (int64_t e = 0; e < plan.experts(); ++e) largest = std::max(largest, plan.rows(e));
+    return bytes <= (1 << 20) && plan.experts() >= 4 * threads && largest * threads <= int64_t(plan.picks.size());
+  }
+};
 
 // parts: [segments, 2, D]; grad_scale, grad_bias: [M, E, D].
 void sum_adapter_parts(const Plan& plan, const float* parts, int64_t width, float* grad_scale, float* grad_bias) {
@@ -521,7 +638,7 @@ std::tuple<Tensor, Tensor> forward_op(
   const int64_t hidden = w1.size(2);
   const Plan plan = make_plan(experts, w1.size(0), microbatches);
   Tensor y = at::empty_like(x);
-  const int64_t rows = keep ? padded_rows(experts.numel(), w1.size(0), microbatches) : 0;
+  const int64_t rows = keep ? experts.numel() : 0;
   Tensor kept = at::empty({rows, hidden}, x.options());
   with_type(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
@@ -544,14 +661,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_op(
   with_type(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const Layer<T> layer(x, gates, scale, bias, hidden);
-    Operands<T> operands(of_call.fresh(), kept.size(0), width, hidden);
-    backward_of_rows<T>(
-        layer, plan, grad_y.const_data_ptr<T>(), w1.const_data_ptr<T>(), w2.const_data_ptr<T>(),
-        kept.const_data_ptr<T>(), grad_x, grad_gates.data_ptr<float>(), parts.data_ptr<float>(), operands);
-    if (grad_w1.scalar_type() == at::kDouble)
-      backward_of_weights<T>(layer, plan, operands, grad_w1.data_ptr<double>(), grad_w2.data_ptr<double>());
-    else
-      backward_of_weights<T>(layer, plan, operands, grad_w1.data_ptr<float>(), grad_w2.data_ptr<float>());
+    Backward<T> backward{
+        layer, plan, grad_y.const_data_ptr<T>(), w1.const_data_ptr<T>(), w2.const_data_ptr<T>(), kept.const_data_ptr<T>(),
+        PickSums<T>(grad_x, layer.top_k), grad_gates.data_ptr<float>(), parts.data_ptr<float>()};
+    if (grad_w1.scalar_type() == at::kDouble) backward.run(grad_w1.data_ptr<double>(), grad_w2.data_ptr<double>());
+    else backward.run(grad_w1.data_ptr<float>(), grad_w2.data_ptr<float>());
   });
   if (scale.numel())
     sum_adapter_parts(
