@@ -125,7 +125,9 @@ inline __m512 add_products(__m512 a, __m512 b, __m512 sum) {
   return _mm512_fmadd_ps(a, b, sum);
 }
 
-inline void add_to(float* to, __mmask16 lanes, __m512 value) { store(to, lanes, _mm512_add_ps(load(to, lanes), value)); }
+inline void add_to(float* to, __mmask16 lanes, __m512 value) {
+  store(to, lanes, _mm512_add_ps(load(to, lanes), value));
+}
 inline void add_to(double* to, __mmask16 lanes, __m512 value) {
   const __m512d halves[] = {
       _mm512_cvtps_pd(_mm512_castps512_ps256(value)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(value, 1))};
@@ -424,7 +426,8 @@ void forward(
 
 // ---- backward ------------------------------------------------------------------------------------------------------
 
-// What the weights' gradients are products of: of each segment [even(rows), columns] in panels, at (offset - first)·columns.
+// What the weights' gradients are products of: [even(rows), columns] of each segment, in panels, at (offset - first)
+// times columns.
 template <typename T>
 struct Operands {
   int64_t first;          // offset of the first segment that lies here
@@ -494,7 +497,8 @@ struct Backward {
       put(rows, operands.rows, width);
       const float* scale = layer.scale == nullptr ? nullptr : layer.scale + block.expert * width;
       for (const Segment* segment = segments; segment < segments + block.segments; ++segment) {
-        float *grad_scale = adapter_parts + 2 * (segment - plan.segments.data()) * width, *grad_bias = grad_scale + width;
+        float* grad_scale = adapter_parts + 2 * (segment - plan.segments.data()) * width;
+        float* grad_bias = grad_scale + width;
         if (scale != nullptr) std::fill(grad_scale, grad_scale + 2 * width, 0.0f);
         for (int64_t r = segment->first - block.first; r < segment->first - block.first + segment->rows; ++r) {
           const int64_t pick = plan.picks[block.first + r];
@@ -537,8 +541,8 @@ struct Backward {
     if (expert_by_expert(2 * width * hidden * int64_t(sizeof(Sum)))) {
       std::vector<int64_t> largest_first(experts);
       std::iota(largest_first.begin(), largest_first.end(), 0);
-      std::stable_sort(
-          largest_first.begin(), largest_first.end(), [&](int64_t a, int64_t b) { return plan.rows(a) > plan.rows(b); });
+      const auto larger = [&](int64_t a, int64_t b) { return plan.rows(a) > plan.rows(b); };
+      std::stable_sort(largest_first.begin(), largest_first.end(), larger);
       share(experts, [&] {
         Operands<T> operands(of_core.fresh(), 2 * plan.largest, width, hidden);
         auto rows_of_block = prepare_rows();
@@ -662,8 +666,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_op(
     using T = decltype(zero);
     const Layer<T> layer(x, gates, scale, bias, hidden);
     Backward<T> backward{
-        layer, plan, grad_y.const_data_ptr<T>(), w1.const_data_ptr<T>(), w2.const_data_ptr<T>(), kept.const_data_ptr<T>(),
-        PickSums<T>(grad_x, layer.top_k), grad_gates.data_ptr<float>(), parts.data_ptr<float>()};
+        layer, plan, grad_y.const_data_ptr<T>(), w1.const_data_ptr<T>(), w2.const_data_ptr<T>(),
+        kept.const_data_ptr<T>(), PickSums<T>(grad_x, layer.top_k), grad_gates.data_ptr<float>(),
+        parts.data_ptr<float>()};
     if (grad_w1.scalar_type() == at::kDouble) backward.run(grad_w1.data_ptr<double>(), grad_w2.data_ptr<double>());
     else backward.run(grad_w1.data_ptr<float>(), grad_w2.data_ptr<float>());
   });

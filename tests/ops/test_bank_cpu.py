@@ -11,6 +11,7 @@ pytestmark = pytest.mark.skipif(not bank_cpu.DTYPES, reason="needs AVX-512, Linu
 
 
 def test_the_number_of_threads_changes_no_bit() -> None:
+    """Nor that with 3 threads rows and weights' gradients are two passes, and with 1 and 2 an expert is one core's."""
     problem = Problem(tokens=700, experts=9, top_k=2, width=64, hidden=160, dtype=torch.float32)
     before = torch.get_num_threads()
     results = []
