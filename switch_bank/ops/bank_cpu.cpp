@@ -60,12 +60,11 @@ inline void each16(int64_t count, Body body) {
 }
 
 // from [rows, columns] to [columns, rows].
-template <typename T>
-void transpose(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t rows, int64_t columns) {
-  constexpr int64_t SIDE = sizeof(T) == 2 ? 32 : 16;
+void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride, int64_t rows, int64_t columns) {
+  constexpr int64_t SIDE = 16;
   for (int64_t r = 0; r < rows; r += SIDE)
     for (int64_t c = 0; c < columns; c += SIDE)
-      at::vec::transpose_mxn<T>(
+      at::vec::transpose_mxn<float>(
           from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride,
           int(std::min(SIDE, rows - r)), int(std::min(SIDE, columns - c)));
 }
@@ -79,12 +78,12 @@ inline void put_panel(const float* from, int64_t stride, float* to, int64_t rows
   for (int64_t r = 0; r < rows; ++r) std::copy(from + r * stride, from + r * stride + columns, to + r * columns);
 }
 inline void put_panel(const BFloat16* from, int64_t stride, BFloat16* to, int64_t rows, int64_t columns) {
-  const int64_t even = rows / 2 * 2;
-  at::vec::pack_vnni2(from, to, stride, even, columns);
-  if (even < rows)
+  const int64_t in_pairs = rows / 2 * 2;
+  at::vec::pack_vnni2(from, to, stride, in_pairs, columns);
+  if (in_pairs < rows)
     each16(columns, [&](int64_t c, __mmask16 lanes) {
-      const __m256i row = _mm256_maskz_loadu_epi16(lanes, from + even * stride + c);
-      _mm512_mask_storeu_epi32(to + even * columns + 2 * c, lanes, _mm512_cvtepu16_epi32(row));
+      const __m256i row = _mm256_maskz_loadu_epi16(lanes, from + in_pairs * stride + c);
+      _mm512_mask_storeu_epi32(to + in_pairs * columns + 2 * c, lanes, _mm512_cvtepu16_epi32(row));
     });
 }
 
@@ -96,11 +95,11 @@ void as_right(const T* from, T* to, int64_t first, int64_t rows, int64_t k, int6
   });
 }
 
-// c [m, n] = a [m, k]·b [k, n], or added to c.
+// c [m, n] = a [m, k]·b [k, n].
 template <typename T>
-void multiply(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_stride, const T* b, float* c, bool add) {
+void multiply(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_stride, const T* b, float* c) {
   each_panel(n, [&](int64_t at, int64_t columns) {
-    blas::brgemm(m, columns, k, a_stride, columns, n, add, a, b + at * k, c + at, sizeof(T) == 2);
+    blas::brgemm(m, columns, k, a_stride, columns, n, false, a, b + at * k, c + at, sizeof(T) == 2);
   });
 }
 
@@ -403,7 +402,7 @@ void forward(
     return [&, rows, squares, inner, outer](int64_t task) {
       const Block& block = plan.blocks[task];
       layer.gather(plan, block, rows);
-      multiply(block.padded, hidden, width, rows, width, w1 + block.expert * width * hidden, inner, false);
+      multiply(block.padded, hidden, width, rows, width, w1 + block.expert * width * hidden, inner);
       T* relu = kept == nullptr ? squares : kept + block.first * hidden;
       std::fill(squares + block.rows * hidden, squares + block.padded * hidden, T(0));
       each16(block.rows * hidden, [&](int64_t i, __mmask16 lanes) {
@@ -411,7 +410,7 @@ void forward(
         const __m512 value = load(relu + i, lanes);  // as rounded, so that the backward is of the same numbers
         store(squares + i, lanes, _mm512_mul_ps(value, value));
       });
-      multiply(block.padded, width, hidden, squares, hidden, w2 + block.expert * width * hidden, outer, false);
+      multiply(block.padded, width, hidden, squares, hidden, w2 + block.expert * width * hidden, outer);
       for (int64_t r = 0; r < block.rows; ++r) {
         const int64_t pick = plan.picks[block.first + r];
         const __m512 gate = _mm512_set1_ps(layer.gates[pick]);
@@ -469,7 +468,7 @@ struct Backward {
         std::copy(from, from + width, rows + r * width);
       }
       std::fill(rows + block.rows * width, rows + block.padded * width, T(0));
-      multiply(block.padded, hidden, width, rows, width, w2 + block.expert * width * hidden, inner, false);
+      multiply(block.padded, hidden, width, rows, width, w2 + block.expert * width * hidden, inner);
       for (int64_t r = 0; r < block.rows; ++r) {
         const int64_t pick = plan.picks[block.first + r];
         const T* relu = kept + (block.first + r) * hidden;
@@ -492,7 +491,7 @@ struct Backward {
       put(squares, operands.squares, hidden);
       put(grad_hidden, operands.grad_hidden, hidden);
       put(rows, operands.grad_y, width);
-      multiply(block.padded, width, hidden, grad_hidden, hidden, w1 + block.expert * width * hidden, outer, false);
+      multiply(block.padded, width, hidden, grad_hidden, hidden, w1 + block.expert * width * hidden, outer);
       layer.gather(plan, block, rows);
       put(rows, operands.rows, width);
       const float* scale = layer.scale == nullptr ? nullptr : layer.scale + block.expert * width;
@@ -585,7 +584,7 @@ struct Backward {
 
 // parts: [segments, 2, D]; grad_scale, grad_bias: [M, E, D].
 void sum_adapter_parts(const Plan& plan, const float* parts, int64_t width, float* grad_scale, float* grad_bias) {
-  const int64_t experts = int64_t(plan.first_segment.size()) - 1;
+  const int64_t experts = plan.experts();
   at::parallel_for(0, experts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t expert = begin; expert < end; ++expert)
       for (int64_t i = plan.first_segment[expert]; i < plan.first_segment[expert + 1]; ++i) {
