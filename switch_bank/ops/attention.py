@@ -93,24 +93,35 @@ def _distance(document: Tensor) -> Tensor:
 def _flex_mask(document: Tensor, window: Tensor | int) -> BlockMask:
     """The block mask, from what a block's first and last token say: all within the compiled forward, no sync.
 
+    The blocks that a block sees are all from some block on to itself, and those that see it from itself to some block
+    on. So they are counted, not sorted: to compile a sort takes minutes.
+
     No block is called full, though most are and would be spared their mask: it takes all queries of a block to know,
     later ones too, and kernels take full blocks last. A token's sums would be rounded in an order that depends on
     tokens to come.
     """
-    batch, tokens = document.shape
+    tokens = document.shape[1]
     if tokens % BLOCK:
         raise ValueError(f"flex attention takes slices of a multiple of {BLOCK} tokens, not {tokens}")
 
     def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (q >= k) & (q - k < window) & (document[b, q] == document[b, k])
 
-    first, last = document[:, ::BLOCK], document[:, BLOCK - 1 :: BLOCK]  # [B, blocks]
-    blocks = torch.arange(tokens // BLOCK, device=document.device)
-    behind = blocks[:, None] - blocks[None, :]  # of query block over key block
-    seen = (behind >= 0) & (behind * BLOCK - (BLOCK - 1) < window) & (first[:, :, None] <= last[:, None, :])
-    count = seen.sum(-1, dtype=torch.int32)[:, None]
-    seen_first = seen.int().argsort(dim=-1, descending=True, stable=True).int()[:, None]
-    return BlockMask.from_kv_blocks(count, seen_first, BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(tokens, tokens))
+    # With the dimension of heads from here on: Inductor gives one that is put in at the end a stride of 0, by which the
+    # kernels would find the first slice's blocks for every slice.
+    first, last = document[:, None, ::BLOCK], document[:, None, BLOCK - 1 :: BLOCK]  # [B, 1, blocks]
+    block = torch.arange(tokens // BLOCK, device=document.device, dtype=torch.int32)
+    behind = block[:, None] - block[None, :]  # of query block over key block
+    seen = (behind >= 0) & (behind * BLOCK - (BLOCK - 1) < window) & (first[..., :, None] <= last[..., None, :])
+    keys, queries = seen.sum(-1, dtype=torch.int32), seen.sum(-2, dtype=torch.int32)  # [B, 1, blocks]
+    first_seen = block + 1 - keys
+    # Behind the counted ones stand the other blocks, which nothing reads.
+    key_blocks = (first_seen[..., None] + block) % len(block)
+    query_blocks = ((block[:, None] + block) % len(block)).expand_as(key_blocks)
+    return BlockMask(
+        (tokens, tokens), keys, key_blocks, None, None, queries, query_blocks.contiguous(), None, None,
+        BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=sees,
+    )  # fmt: skip
 
 
 def _flash_mask(document: Tensor, window: Tensor | int) -> tuple[Tensor, int]:

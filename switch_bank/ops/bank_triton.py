@@ -160,7 +160,7 @@ def product(a, w, w_step, depth, scale, bias, ADAPTER: tl.constexpr, TILE: tl.co
             factor = tl.load(scale + start + k, mask=inside, other=0.0).to(tl.float32)
             offset = tl.load(bias + start + k, mask=inside, other=0.0).to(tl.float32)
             left = (left.to(tl.float32) * factor[None, :] + offset[None, :]).to(left.dtype)
-        total = tl.dot(left, right, total)
+        total = tl.dot(left, right, total, input_precision="ieee")  # float32 stays float32, not TF32
         w += STEP * w_step
     return total
 
@@ -321,7 +321,7 @@ def weight_gradients(  # type: ignore[no-untyped-def]
         if GATED:
             gate = tl.load(gates_ptr + pick, mask=pick < tokens * TOP_K, other=0.0).to(tl.float32)
             left = (left.to(tl.float32) * gate[None, :]).to(left.dtype)
-        total = tl.dot(left, tl.load(rows), total)
+        total = tl.dot(left, tl.load(rows), total, input_precision="ieee")
         rows += STEP * hidden_width
     if ADAPTER:
         scale = tl.load(scale_ptr + expert * width + d, mask=d < width, other=0.0).to(tl.float32)
