@@ -75,7 +75,9 @@ def attention(backend: str, query: Tensor, key: Tensor, value: Tensor, mask: Any
     elif backend == "sdpa":
         result = F.scaled_dot_product_attention(query, key, value, attn_mask=mask.to(query.dtype), scale=scale)
     else:
-        result = flex_attention(query, key, value, block_mask=mask, scale=scale)
+        # Each row sees itself, and `_flex_mask` lists blocks in order: kernels need not look.
+        options = {"ROWS_GUARANTEED_SAFE": True, "BLOCKS_ARE_CONTIGUOUS": True}
+        result = flex_attention(query, key, value, block_mask=mask, scale=scale, kernel_options=options)
     return result.transpose(1, 2)
 
 
@@ -93,8 +95,9 @@ def _distance(document: Tensor) -> Tensor:
 def _flex_mask(document: Tensor, window: Tensor | int) -> BlockMask:
     """The block mask, from what a block's first and last token say: all within the compiled forward, no sync.
 
-    The blocks that a block sees are all from some block on to itself, and those that see it from itself to some block
-    on. So they are counted, not sorted: to compile a sort takes minutes.
+    What a query sees begins at one token and ends at itself, and of later queries it begins no earlier: so a mask is one
+    comparison with that token, and the blocks that a block sees, or is seen by, are counted and not sorted. (To compile
+    a sort of 96 blocks took minutes.)
 
     No block is called full, though most are and would be spared their mask: it takes all queries of a block to know,
     later ones too, and kernels take full blocks last. A token's sums would be rounded in an order that depends on
@@ -103,25 +106,32 @@ def _flex_mask(document: Tensor, window: Tensor | int) -> BlockMask:
     tokens = document.shape[1]
     if tokens % BLOCK:
         raise ValueError(f"flex attention takes slices of a multiple of {BLOCK} tokens, not {tokens}")
+    index = torch.arange(tokens, device=document.device, dtype=torch.int32)
+    starts = torch.where(_begins(document), index, 0).cummax(dim=1).values
+    reach = window.to(torch.int32) if isinstance(window, Tensor) else window
+    first = torch.maximum(starts, index - (reach - 1)).to(torch.int32)  # [B, T]: the first token that each one sees
 
     def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (q >= k) & (q - k < window) & (document[b, q] == document[b, k])
+        return (k <= q) & (k >= first[b, q])
 
     # With the dimension of heads from here on: Inductor gives one that is put in at the end a stride of 0, by which the
     # kernels would find the first slice's blocks for every slice.
-    first, last = document[:, None, ::BLOCK], document[:, None, BLOCK - 1 :: BLOCK]  # [B, 1, blocks]
-    block = torch.arange(tokens // BLOCK, device=document.device, dtype=torch.int32)
-    behind = block[:, None] - block[None, :]  # of query block over key block
-    seen = (behind >= 0) & (behind * BLOCK - (BLOCK - 1) < window) & (first[..., :, None] <= last[..., None, :])
-    keys, queries = seen.sum(-1, dtype=torch.int32), seen.sum(-2, dtype=torch.int32)  # [B, 1, blocks]
-    first_seen = block + 1 - keys
+    block = index[: tokens // BLOCK]
+    first_block = first[:, None, ::BLOCK] // BLOCK  # [B, 1, blocks]
+    keys = block + 1 - first_block
+    queries = (first_block[..., None] <= block).sum(-2, dtype=torch.int32) - block
     # Behind the counted ones stand the other blocks, which nothing reads.
-    key_blocks = (first_seen[..., None] + block) % len(block)
-    query_blocks = ((block[:, None] + block) % len(block)).expand_as(key_blocks)
+    key_blocks = (first_block[..., None] + block) % len(block)
+    query_blocks = (block[:, None] + block) % len(block) + torch.zeros_like(key_blocks)
     return BlockMask(
-        (tokens, tokens), keys, key_blocks, None, None, queries, query_blocks.contiguous(), None, None,
+        (tokens, tokens), keys, key_blocks, None, None, queries, query_blocks, None, None,
         BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=sees,
     )  # fmt: skip
+
+
+def _begins(document: Tensor) -> Tensor:
+    """[B, T] bool: the first token of each document in a slice."""
+    return F.pad(document[:, 1:] != document[:, :-1], (1, 0), value=True)
 
 
 def _flash_mask(document: Tensor, window: Tensor | int) -> tuple[Tensor, int]:
@@ -129,8 +139,7 @@ def _flash_mask(document: Tensor, window: Tensor | int) -> tuple[Tensor, int]:
     if not isinstance(window, int):
         raise TypeError("flash-attn takes its window as a Python int: pass one compiled variant per length")
     batch, tokens = document.shape
-    starts = torch.ones_like(document, dtype=torch.bool)
-    starts[:, 1:] = document[:, 1:] != document[:, :-1]
+    starts = _begins(document)
     total, room = batch * tokens, batch * max(1, tokens // TOKENS_PER_DOCUMENT)
     torch._assert_async(
         starts.sum() <= room, f"documents of fewer than {TOKENS_PER_DOCUMENT} tokens on average: use flex"
