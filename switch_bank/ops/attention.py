@@ -95,9 +95,9 @@ def _distance(document: Tensor) -> Tensor:
 def _flex_mask(document: Tensor, window: Tensor | int) -> BlockMask:
     """The block mask, from what a block's first and last token say: all within the compiled forward, no sync.
 
-    What a query sees begins at one token and ends at itself, and of later queries it begins no earlier: so a mask is one
-    comparison with that token, and the blocks that a block sees, or is seen by, are counted and not sorted. (To compile
-    a sort of 96 blocks took minutes.)
+    What a query sees begins at one token and ends at itself, and that of later queries begins no earlier: so a mask is
+    one comparison with that token, and the blocks that a block sees, or is seen by, are counted and not sorted. (To
+    compile a sort of 96 blocks took minutes.)
 
     No block is called full, though most are and would be spared their mask: it takes all queries of a block to know,
     later ones too, and kernels take full blocks last. A token's sums would be rounded in an order that depends on
