@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from switch_bank.config import ModelConfig
+from switch_bank.ops.float32_linear import float32_linear
 from switch_bank.ops.microbatches import linear, per_microbatch
 from switch_bank.schedules import StepState, layer_shape
 
@@ -105,8 +106,7 @@ class Routers(nn.Module):
     ) -> Routing:
         """n: [B, T, D], the bank's input; context: [B, T, E] of `context_logits`; noise: [B, T, E] or None."""
         config = self.config
-        n = n if n.dtype == torch.float64 else n.float()
-        logits = linear(n, router.weight[..., : config.width].to(n.dtype)) + context
+        logits = self._token_logits(n, router.weight[..., : config.width]) + context
         noisy = logits if noise is None else logits + noise
         values = noisy / (state.temperature * router.temperature_factor)
         choice = values + router.balance_bias if config.balance == "bias" else values
@@ -120,6 +120,13 @@ class Routers(nn.Module):
         else:
             probabilities = torch.sigmoid(capped) * active
         return Routing(experts, probabilities.gather(-1, experts), probabilities, logits, capped, choice)
+
+    def _token_logits(self, n: Tensor, weight: Tensor) -> Tensor:
+        """[B, T, E]: what n itself adds, in float32 whatever the dtype of activations, or in float64."""
+        if n.is_cuda and n.dtype == torch.bfloat16:
+            return float32_linear(n, weight)
+        n = n if n.dtype == torch.float64 else n.float()
+        return linear(n, weight.to(n.dtype))
 
     def margin(self, routing: Routing) -> Tensor:
         """[B, T] float32: by how much the last pick beats the best expert that was not picked; a rounding error above
