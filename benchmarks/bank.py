@@ -19,8 +19,8 @@ from benchmarks.measure import alternate, dense_ffn, device_name, quartiles, ran
 from switch_bank.config import ModelConfig
 from switch_bank.model.bank import Bank, Experts
 from switch_bank.model.router import RouterOfLayer, Routers, Routing
-from switch_bank.ops.bank import Adapter, expert_ffn
-from switch_bank.ops.bank_cpu import Arranged
+from switch_bank.ops.arranged import Arranged
+from switch_bank.ops.bank import ARRANGED, Adapter, expert_ffn
 from switch_bank.ops.microbatches import per_microbatch
 from switch_bank.schedules import StepState
 
@@ -95,7 +95,7 @@ class BankLayer:
         self.microbatches = shape.microbatches if shape.microbatches > 1 else None
         self.sums = GradientSums([*self.bank.parameters(), *self.routers.parameters()], self.microbatches)
         self.backend = self.bank.backend(dtype, shape.tokens)
-        eager = not compile or self.backend == "avx512"  # which is compiled already
+        eager = not compile or self.backend in ARRANGED  # whose kernels are compiled already
         self.forward = torch.compile(self.bank.forward, fullgraph=True, dynamic=False, disable=eager)
         self.route = torch.compile(self._route, fullgraph=True, dynamic=False, disable=not compile)
         tokens = (1, shape.tokens)
@@ -119,7 +119,9 @@ class BankLayer:
     def shared_step(self, experts: Experts, chosen: Tensor, direction: Tensor) -> Tensor:
         """`step` as one more layer adds it to a forward that has arranged the experts already."""
         if isinstance(experts.matrices, Arranged):
-            link = torch.zeros((), requires_grad=True)  # no gradient goes on from here to the parameters
+            link = torch.zeros(
+                (), device=self.device, requires_grad=True
+            )  # no gradient goes on from here to the parameters
             experts = experts._replace(matrices=experts.matrices._replace(link=link))
         return self._step(experts, chosen, direction)
 

@@ -6,15 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from switch_bank.config import ModelConfig
-from switch_bank.ops import bank_cpu
-from switch_bank.ops.bank import Adapter, choose_backend, expert_ffn
+from switch_bank.ops.arranged import Arranged
+from switch_bank.ops.bank import ARRANGED, Adapter, arrange, arranged_expert_ffn, choose_backend, expert_ffn
 from switch_bank.ops.microbatches import per_microbatch
 
 
 class Experts(NamedTuple):
     """The experts as one layer sees them; matrices and adapters may be per microbatch."""
 
-    matrices: tuple[Tensor, Tensor] | bank_cpu.Arranged  # w1 [E, F, D] and w2 [E, D, F], or as backend "avx512" reads
+    matrices: tuple[Tensor, Tensor] | Arranged  # w1 [E, F, D] and w2 [E, D, F], or as the backend's kernels read them
     adapter: Adapter  # parts [E, ...]
     always_on: tuple[Tensor, Tensor] | None  # w1 [1, F, D] and w2 [1, D, F] of the expert that works on every token
 
@@ -56,9 +56,9 @@ class Bank(nn.Module):
         """One Experts a layer, for products by `backend` in `dtype`; unbound together, so that their gradients are
         stacked once, not added up."""
         config, count, sets = self.config, self.config.experts, 1 if self.config.shared else self.config.layers
-        matrices: list[tuple[Tensor, Tensor]] | list[bank_cpu.Arranged]
-        if backend == "avx512" and count > 1:
-            matrices = bank_cpu.arrange(self.w1, self.w2, dtype, microbatches).chunk(sets)
+        matrices: list[tuple[Tensor, Tensor]] | list[Arranged]
+        if backend in ARRANGED and count > 1:
+            matrices = arrange(backend, self.w1, self.w2, dtype, microbatches).chunk(sets)
         else:
             w1, w2 = per_microbatch(self.w1, microbatches), per_microbatch(self.w2, microbatches)
             matrices = [(w1, w2)] if sets == 1 else list(zip(w1.split(count, -3), w2.split(count, -3), strict=True))
@@ -75,8 +75,8 @@ class Bank(nn.Module):
         rows, chosen, gates = n.flatten(0, 1), chosen.flatten(0, 1), gates.flatten(0, 1)
         backend = self.backend(n.dtype, len(rows))
         matrices, adapter, always_on = experts
-        if isinstance(matrices, bank_cpu.Arranged):
-            y = bank_cpu.expert_ffn(rows, matrices, adapter.scale, adapter.bias, chosen, gates)
+        if isinstance(matrices, Arranged):
+            y = arranged_expert_ffn(backend, rows, matrices, adapter, chosen, gates)
         else:
             y = expert_ffn(backend, rows, *matrices, adapter, chosen, gates)
         if always_on is not None:

@@ -18,7 +18,7 @@ from switch_bank.model.features import Documents, EmaSums, documents_of, ema_fea
 from switch_bank.model.folder import ModelFolderError, read_folder
 from switch_bank.model.router import RouterOfLayer, Routers, Routing, RoutingSums
 from switch_bank.ops.attention import BLOCK, build_mask, choose_backend, ring_mask
-from switch_bank.ops.bank import MANY
+from switch_bank.ops.bank import ARRANGED, MANY
 from switch_bank.ops.head import IGNORE, chunked_head_losses, soft_cap
 from switch_bank.ops.microbatches import lookup, per_microbatch, scaled
 from switch_bank.ops.noise import gumbel
@@ -211,8 +211,8 @@ class SwitchBankGPT(nn.Module):
         # Kinds of layers, shapes, training and validation make a graph each: more than the 8 that dynamo lets pass.
         torch._dynamo.config.recompile_limit = 256
         for part in PARTS:
-            if part == "feed_forward" and self.bank_backend == "avx512":
-                continue  # is compiled already
+            if part == "feed_forward" and self.bank_backend in ARRANGED:
+                continue  # its kernels are compiled already
             setattr(self, part, torch.compile(getattr(self, part), fullgraph=True, dynamic=False))
 
     def uncompiled(self) -> "SwitchBankGPT":

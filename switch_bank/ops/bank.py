@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from switch_bank.ops import bank_cpu
+from switch_bank.ops.arranged import Arranged
 
 
 class Adapter(NamedTuple):
@@ -24,6 +25,9 @@ class Adapter(NamedTuple):
     out_up: Tensor | None = None
 
 
+# Backends whose kernels sum up the gradients of the layers that share the matrices, and run as they are: no compiler
+# sees them.
+ARRANGED = ("avx512", "triton")
 FEW = 16  # tokens: fewer than any slice has, as many as are decoded together at most by gathering matrices
 MANY = 128  # tokens: the shortest slice
 
@@ -43,13 +47,37 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, tokens: 
     return "avx512" if device.type == "cpu" and plain and dtype in bank_cpu.DTYPES else "grouped"
 
 
+def arrange(backend: str, w1: Tensor, w2: Tensor, dtype: torch.dtype, microbatches: int | None = None) -> Arranged:
+    """w1 [E, F, D] and w2 [E, D, F], float32, as one of the ARRANGED backends reads them in `dtype`, which is done once
+    for all layers that share them. microbatches: see `ops.microbatches`; of "triton" there are none."""
+    if backend == "avx512":
+        return bank_cpu.arrange(w1, w2, dtype, microbatches)
+    from switch_bank.ops import bank_triton
+
+    assert microbatches is None
+    return bank_triton.arrange(w1, w2, dtype)
+
+
+def arranged_expert_ffn(
+    backend: str, x: Tensor, matrices: Arranged, adapter: Adapter, experts: Tensor, gates: Tensor
+) -> Tensor:
+    """`expert_ffn` with the matrices that `arrange` has made; adapters may be per microbatch."""
+    if adapter.in_down is not None:
+        raise ValueError(f"backend {backend} has no LoRA adapters; take grouped")
+    if backend == "avx512":
+        return bank_cpu.expert_ffn(x, matrices, adapter.scale, adapter.bias, experts, gates)
+    from switch_bank.ops import bank_triton
+
+    return bank_triton.expert_ffn(x, matrices, adapter.scale, adapter.bias, experts, gates)
+
+
 def expert_ffn(
     backend: str, x: Tensor, w1: Tensor, w2: Tensor, adapter: Adapter, experts: Tensor, gates: Tensor
 ) -> Tensor:
     """x: [N, D]; w1: [E, F, D]; w2: [E, D, F]; experts: [N, K] int64 in 0..E-1; gates: [N, K]. Returns [N, D].
 
     Weights, adapters and gates are cast to x's dtype. A gate of exactly 0 gives and gets exactly nothing. Matrices and
-    adapters may be per microbatch, [M, E, ...], but for backend "avx512", whose matrices `bank_cpu.arrange` makes.
+    adapters may be per microbatch, [M, E, ...].
     """
     if w1.ndim == 4 and w1.shape[1] > 1:  # as if each microbatch had experts of its own
         count, microbatch = w1.shape[1], torch.arange(len(w1), device=x.device).repeat_interleave(len(x) // len(w1))
@@ -57,9 +85,9 @@ def expert_ffn(
         adapter = Adapter(*(None if part is None else part.flatten(0, 1) for part in adapter))
         experts = experts + count * microbatch[:, None]
     many = w1.shape[-3] > 1
-    if backend == "avx512" and many:
-        matrices = bank_cpu.arrange(w1.float(), w2.float(), x.dtype)
-        return bank_cpu.expert_ffn(x, matrices, adapter.scale, adapter.bias, experts, gates)
+    if backend in ARRANGED and many:
+        matrices = arrange(backend, w1.float(), w2.float(), x.dtype)
+        return arranged_expert_ffn(backend, x, matrices, adapter, experts, gates)
     gates = gates.to(x.dtype)
     if backend == "gathered" and many:
         return _gathered(x, w1, w2, adapter, experts, gates)
@@ -71,8 +99,6 @@ def expert_ffn(
         rows = x.view(*w1.shape[:-3], -1, x.shape[1])
         own = Adapter(*(None if part is None else part.squeeze(w1.ndim - 3) for part in adapter))
         return gates * _dense(rows, w1.squeeze(-3), w2.squeeze(-3), own).view_as(x)
-    if backend == "triton":
-        return _fused(x, w1, w2, adapter, experts, gates)
     return _sorted_by_expert(x, w1, w2, adapter, experts, gates)
 
 
@@ -137,20 +163,6 @@ def _sorted_by_expert(x: Tensor, w1: Tensor, w2: Tensor, adapter: Adapter, exper
     return (picks * gates[..., None]).sum(dim=1)
 
 
-def _fused(x: Tensor, w1: Tensor, w2: Tensor, adapter: Adapter, experts: Tensor, gates: Tensor) -> Tensor:
-    """Rows sorted by expert as well, but they are never written: kernels read x and write y by index."""
-    from switch_bank.ops import bank_triton
-
-    if adapter.in_down is not None:
-        raise ValueError("backend triton has no LoRA adapters; take grouped")
-    plan = plan_rows(experts, w1.shape[0], bank_triton.TILE)
-    y, _ = bank_triton.fused_experts(
-        x, w1, w2, adapter.scale, adapter.bias, gates,
-        plan.pick_of_row, plan.row_of_pick, plan.expert_of_block(), plan.ends,
-    )  # fmt: skip
-    return y
-
-
 def grouped_mm(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     """rows [R, in] sorted by group, matrices [E, in, out], ends [E] int32: where each group ends. Returns [R, out]."""
     if rows.dtype == torch.bfloat16:
@@ -195,12 +207,6 @@ class RowPlan(NamedTuple):
     token_of_row: Tensor  # [R] int64, N where there is none
     block_is_of_expert: Tensor  # [R / align, E] bool
     ends: Tensor  # [E] int32: one past the last row of each expert
-
-    def expert_of_block(self) -> Tensor:
-        """[R / align] int32, E where there is none."""
-        rows, blocks = len(self.pick_of_row), len(self.block_is_of_expert)
-        first_rows = torch.arange(0, rows, rows // blocks, device=self.ends.device, dtype=torch.int32)
-        return torch.searchsorted(self.ends, first_rows, right=True, out_int32=True)
 
 
 # Rows of an expert, rounded up. On a CPU, oneDNN compiles a kernel for each new number of rows, which costs more than

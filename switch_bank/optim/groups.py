@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from switch_bank.config import Config, compute_dtype
 from switch_bank.model.gpt import SwitchBankGPT
+from switch_bank.ops.bank import ARRANGED
 from switch_bank.optim.turbo_muon import TurboMuon
 from switch_bank.schedules import learning_rate_factor, muon_momentum
 
@@ -28,9 +29,9 @@ def in_backward_order(model: SwitchBankGPT, microbatches: int | None = None) -> 
     share, or hold stacked, is finished with the first layer only. microbatches: of the model's forward."""
     groups = parameter_groups(model)
     attention, bank = groups["attention"], model.bank
-    # The CPU's kernel sums their gradients itself, and hands them over after all that its adapters get; so do sums over
+    # Some kernels sum their gradients themselves, and hand them over after all that the adapters get; so do sums over
     # microbatches.
-    collects = model.bank_backend == "avx512" and model.routers is not None
+    collects = model.bank_backend in ARRANGED and model.routers is not None
     collected = groups["experts"] if microbatches is not None else [bank.w1, bank.w2] if collects else []
     late = collected[::-1]
     early = [p for p in reversed(groups["experts"]) if not any(p is other for other in late)]

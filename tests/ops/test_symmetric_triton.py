@@ -55,8 +55,9 @@ def test_a_hopper_gpu_spills_no_register_and_runs_two_programs_a_multiprocessor(
     """Two of 8 warps with at most 128 registers a thread, in 227 KB of shared memory, as Triton 3.6 compiles it."""
     strides = dict(x_row="i32", x_col=1) if along == "rows" else dict(x_row=1, x_col="i32")
     compiled = compile_for_hopper(
-        symmetric_product, tmp_path, WARPS, STAGES, x_ptr="*bf16", out_ptr="*bf16", rows="i32", cols="i32",
-        x_matrix="i32", **strides, ratio="fp32", c="fp32", ADD=add, TILE=TILE, STEP=STEP, BAND=BAND,
+        symmetric_product, tmp_path, dict(num_warps=WARPS, num_stages=STAGES), x_ptr="*bf16", out_ptr="*bf16",
+        rows="i32", cols="i32", x_matrix="i32", **strides, ratio="fp32", c="fp32",
+        ADD=add, TILE=TILE, STEP=STEP, BAND=BAND,
     )  # fmt: skip
     print(f"symmetric_product, ADD={add}, contiguous along {along}: {compiled}")
     assert compiled.spilled == 0

@@ -47,9 +47,10 @@ class Compiled(NamedTuple):
         return f"{self.registers} registers, {self.spilled} bytes spilled, {self.shared} bytes of shared memory"
 
 
-def compile_for_hopper(kernel: Any, folder: Path, warps: int, stages: int, **values: Any) -> Compiled:
-    """A kernel as an H100 would run it. values: by parameter, a type such as "*bf16" or "i32", for which pointers and
-    integers divide by 16, as those of the trainer's shapes do; or a value to compile in, as Triton does with a 1."""
+def compile_for_hopper(kernel: Any, folder: Path, options: dict[str, int], **values: Any) -> Compiled:
+    """A kernel as an H100 would run it. options: num_warps and such. values: by parameter, a type such as "*bf16" or
+    "i32", for which pointers and integers divide by 16, as those of the trainer's shapes do; or a value to compile in,
+    as Triton does with a 1."""
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import get_ptxas
     from triton.compiler import ASTSource
@@ -62,9 +63,7 @@ def compile_for_hopper(kernel: Any, folder: Path, warps: int, stages: int, **val
         for name, kind in typed.items() if kind.startswith("*") or kind == "i32"
     }  # fmt: skip
     source = ASTSource(kernel, {name: typed.get(name, "constexpr") for name in names}, constants, aligned)
-    compiled = triton.compile(
-        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages}
-    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     ptx = folder / "kernel.ptx"
     ptx.write_text(compiled.asm["ptx"])
     ptxas = get_ptxas(90).path
