@@ -14,6 +14,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from torch import Tensor
 from switch_bank import audit, checkpoint, distributed, run_log, schedules, tracking
 from switch_bank.clock import TrainingClock
 from switch_bank.config import Config, ConfigError, compute_dtype, from_dict, parse, resumed
+from switch_bank.cuda_graphs import CudaGraphs
 from switch_bank.data import DataError, Shards, TokenStream, validation_batches
 from switch_bank.distributed import World
 from switch_bank.generate import sample_line
@@ -39,6 +41,7 @@ from switch_bank.numerics import set_numerics
 from switch_bank.ops.attention import FLASH_ATTN_INSTALLED
 from switch_bank.optim.groups import QuantileClip, build_optimizers, in_backward_order, parameter_groups, set_rates
 from switch_bank.routing_metrics import RoutingMetrics
+from switch_bank.schedules import StepState
 from switch_bank.stopping import Stopped, on_stop_signals, stop_at_once
 from switch_bank.validation import least_share, validate
 
@@ -113,13 +116,14 @@ def main(config: Config, world: World) -> None:
 
     # ---- model and optimizers ------------------------------------------------------------------------------------
     set_numerics(device)
+    graphs = CudaGraphs(device) if device.type == "cuda" and run.compile and run.cuda_graphs else None
     torch.manual_seed(run.seed)
     with device:
         model = SwitchBankGPT(config.model)
     if run.recompute:
         model.recompute_layers()
     backwards = data.slices_per_step // world.size // slices_together
-    gradients = distributed.Gradients(in_backward_order(model, microbatches), backwards)
+    gradients = distributed.Gradients(in_backward_order(model, microbatches), backwards, overlap=graphs is None)
     muon, adam = build_optimizers(model, config)
     optim = config.optim
     clip = QuantileClip(parameter_groups(model)["routers"], optim.router_clip_quantile, optim.router_clip_history)
@@ -138,19 +142,29 @@ def main(config: Config, world: World) -> None:
             return None
         return schedules.attention_window(step, config.schedule.steps, config.model.window)
 
+    def forward_backward(
+        noise: bool, window: int | None, tokens: Tensor, targets: Tensor, slices: Tensor, *state: Tensor
+    ) -> Tensor:
+        """Adds the gradients of some slices' losses to what is there. In one row, the sum of the losses and the sums of
+        the slices' routing."""
+        output = model(tokens, targets, StepState(*state), slices, seed if noise else None, window, microbatches)
+        gradients.backward(output.loss * (slices_together / data.slices_per_step))
+        loss = output.token_losses.sum(dtype=torch.float64) / stream.step_tokens
+        return torch.cat([loss.view(1), output.routing.flat()])
+
     def train_step(step: int, noise: bool, check_finite: bool) -> tuple[Tensor, RoutingSums]:
         """One update from this process's slices of the step. The mean loss over all slices, and their routing; both on
         the device."""
         inputs, targets = stream.batch(step)
         gradients.zero_()
         sums = torch.zeros((), dtype=torch.float64, device=device)  # exact, whatever the order
-        noise_seed = seed if noise else None
+        variant = noise, window_of(step)
         for some in zip(*(part.split(slices_together) for part in (inputs, targets, stream.own_slices)), strict=True):
-            output = model(some[0], some[1], states[step], some[2], noise_seed, window_of(step), microbatches)
-            share = slices_together / data.slices_per_step
-            gradients.backward(output.loss * share)
-            of_forward = output.token_losses.sum(dtype=torch.float64) / stream.step_tokens
-            sums = sums + torch.cat([of_forward.view(1), output.routing.flat()])
+            arguments = (*some, *states[step])
+            if graphs is None:
+                sums = sums + forward_backward(*variant, *arguments)
+            else:
+                sums = sums + graphs(variant, partial(forward_backward, *variant), *arguments)
         gradients.wait()
         loss, routing_row = distributed.summed(sums).float().tensor_split([1])
         routing = RoutingSums.from_flat(routing_row, *picks.shape)

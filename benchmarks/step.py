@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,14 @@ from benchmarks.measure import (
 )
 from switch_bank import distributed, schedules
 from switch_bank.config import Config, ModelConfig, compute_dtype
+from switch_bank.cuda_graphs import CudaGraphs
 from switch_bank.data import Shards, TokenStream, write_shard
 from switch_bank.model.features import documents_of
 from switch_bank.model.gpt import SwitchBankGPT
 from switch_bank.model.router import RoutingSums
 from switch_bank.model.size import forward_flops, parts
 from switch_bank.optim.groups import QuantileClip, build_optimizers, in_backward_order, parameter_groups, set_rates
+from switch_bank.schedules import StepState
 
 MEDIAN_DOCUMENT = 800  # tokens, as in FineWeb
 STEPS_A_TURN = {"cpu": 1, "cuda": 3}  # so many are queued at once: between steps, a GPU waits for no host in training
@@ -58,13 +61,17 @@ class TrainingStep:
         self.stream = TokenStream(
             shards, data.slice_tokens, data.slices_per_step, world.rank, world.size, world.device, microbatch_slices
         )
+        self.graphs = (
+            CudaGraphs(self.device) if self.device.type == "cuda" and run.compile and run.cuda_graphs else None
+        )
         torch.manual_seed(run.seed)
         with self.device:
             self.model = SwitchBankGPT(config.model)
         if run.recompute:
             self.model.recompute_layers()
         backwards = data.slices_per_step // world.size // self.slices_together
-        self.gradients = distributed.Gradients(in_backward_order(self.model, self.microbatches), backwards)
+        parameters = in_backward_order(self.model, self.microbatches)
+        self.gradients = distributed.Gradients(parameters, backwards, overlap=self.graphs is None)
         self.muon, self.adam = build_optimizers(self.model, config)
         routers = parameter_groups(self.model)["routers"]
         self.clip = QuantileClip(routers, config.optim.router_clip_quantile, config.optim.router_clip_history)
@@ -79,20 +86,31 @@ class TrainingStep:
             return None
         return schedules.attention_window(step, self.config.schedule.steps, self.config.model.window)
 
+    def forward_backward(
+        self, noise: bool, window: int | None, tokens: Tensor, targets: Tensor, slices: Tensor, *state: Tensor
+    ) -> Tensor:
+        """Adds the gradients of some slices' losses to what is there. In one row, the sum of the losses and the sums of
+        the slices' routing."""
+        seed = self.seed if noise else None
+        output = self.model(tokens, targets, StepState(*state), slices, seed, window, self.microbatches)
+        self.gradients.backward(output.loss * (self.slices_together / self.config.data.slices_per_step))
+        loss = output.token_losses.sum(dtype=torch.float64) / self.stream.step_tokens
+        return torch.cat([loss.view(1), output.routing.flat()])
+
     def __call__(self, step: int) -> Tensor:
         """One update. The mean loss over all slices, on the device."""
         config, model, state = self.config, self.model, self.states[step]
-        seed = self.seed if schedules.gumbel_noise(step, config.schedule) else None
+        variant = schedules.gumbel_noise(step, config.schedule), self.window(step)
         inputs, targets = self.stream.batch(step)
         self.gradients.zero_()
         sums = torch.zeros((), dtype=torch.float64, device=self.device)
         own = (inputs, targets, self.stream.own_slices)
         for some in zip(*(part.split(self.slices_together) for part in own), strict=True):
-            output = model(some[0], some[1], state, some[2], seed, self.window(step), self.microbatches)
-            share = self.slices_together / config.data.slices_per_step
-            self.gradients.backward(output.loss * share)
-            of_forward = output.token_losses.sum(dtype=torch.float64) / self.stream.step_tokens
-            sums = sums + torch.cat([of_forward.view(1), output.routing.flat()])
+            arguments = (*some, *state)
+            if self.graphs is None:
+                sums = sums + self.forward_backward(*variant, *arguments)
+            else:
+                sums = sums + self.graphs(variant, partial(self.forward_backward, *variant), *arguments)
         self.gradients.wait()
         loss, routing_row = distributed.summed(sums).float().tensor_split([1])
         counts = RoutingSums.from_flat(routing_row, *self.picks.shape).counts

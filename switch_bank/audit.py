@@ -31,8 +31,9 @@ PROGRAM = "python -m switch_bank audit"
 TOLERANCES = {
     torch.float64: Tolerances(rerun=1e-9, recompute=1e-9, margin=0.0),
     torch.float32: Tolerances(rerun=1e-4, recompute=1e-4, margin=causality.MARGIN),
-    # Twice what was seen of `small` and `record`: 0.22 of a logit over 2,048 tokens, and a margin of 0.05 over 512.
-    torch.bfloat16: Tolerances(rerun=0.02, recompute=0.5, margin=0.2),
+    # Twice what was seen of `small` and `record`, compiled against eager: 0.62 of a logit over 2,048 tokens on an H200
+    # (0.22 on CPUs), and a margin of 0.05 over 512.
+    torch.bfloat16: Tolerances(rerun=0.02, recompute=1.25, margin=0.2),
 }
 # Of the exact path, so that every edge lies within its slices: their long document has 192 tokens.
 TOKENS, WINDOW, REVERSE_WINDOW, OPENING_TOKENS = 256, 64, 48, 56

@@ -126,15 +126,17 @@ class Gradients:
 
     Sums over processes begin during the last backward, in buckets of parameters that follow one another: a bucket when
     the gradients of all its parameters are there and those before it have begun, so that all processes begin them in
-    one order. `parameters` should therefore come in the order in which a backward finishes them.
+    one order. `parameters` should therefore come in the order in which a backward finishes them. Without `overlap`, as
+    where backwards are replayed and Python sees none of them, sums begin in `wait`.
 
     On a CPU they are summed in float64, which is what `.grad` is during a backward, and rounded to float32 once. A sum
     of a few float32 numbers is exact in float64 (or so near that another order rounds otherwise once in some 10^8), so
     the number of processes does not show. On a GPU they are float32.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], backwards: int) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], backwards: int, overlap: bool = True) -> None:
         self.parameters = list(parameters)
+        self.overlap = overlap
         self.flat = flat_gradients(self.parameters)
         self.backwards = backwards
         self.exact = self.flat.device.type == "cpu"
@@ -170,7 +172,7 @@ class Gradients:
         _set_gradients(self.parameters, self.flat)  # the compiler wants a gradient of the parameter's own dtype
 
     def _arrived(self, bucket: int, parameter: Tensor) -> None:
-        if self.backwards_left > 0:
+        if self.backwards_left > 0 or not self.overlap:
             return
         self.missing[bucket] -= 1
         while len(self.begun) < len(self.buckets) and self.missing[len(self.begun)] == 0:

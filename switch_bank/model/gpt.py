@@ -203,7 +203,9 @@ class SwitchBankGPT(nn.Module):
         """From here on, only the inputs of a layer's parts are kept for the backward, which computes the rest again
         (Chen et al., arXiv 1604.06174). To be called before `compile`: a part is compiled with its recomputation."""
         for part in LAYER_PARTS:
-            setattr(self, part, functools.partial(checkpoint, getattr(self, part), use_reentrant=False))
+            # There is no random state to preserve: draws are hashes.
+            own = functools.partial(checkpoint, getattr(self, part), use_reentrant=False, preserve_rng_state=False)
+            setattr(self, part, own)
 
     def compile(self) -> None:
         """Compiles the parts of the forward, each without a graph break. What differs between layers reaches a part

@@ -1,5 +1,6 @@
 """The bank's feed-forward: y = Σ_k gate_k · W₂[e_k]·relu²(W₁[e_k]·adapter_{e_k}(x)), grouped by expert."""
 
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -28,14 +29,16 @@ class Adapter(NamedTuple):
 # Backends whose kernels sum up the gradients of the layers that share the matrices, and run as they are: no compiler
 # sees them.
 ARRANGED = ("avx512", "triton")
+TRITON_INSTALLED = find_spec("triton") is not None
 FEW = 16  # tokens: fewer than any slice has, as many as are decoded together at most by gathering matrices
 MANY = 128  # tokens: the shortest slice
 
 
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype, tokens: int, plain: bool) -> str:
-    """The backend an option names. "auto" gathers for a few tokens; else it is the kernel of `bank_cpu` where that
-    runs, which takes no LoRA and even widths (`plain`), and grouped_mm elsewhere, which takes no float64. "triton" is
-    "auto" where its kernels cannot run or do not pay: a model trained with it is read on a CPU, too."""
+    """The backend an option names. "auto" gathers for a few tokens; else it is the kernels of `bank_triton` on CUDA,
+    and those of `bank_cpu` on a CPU, where they run, which take no LoRA and even widths (`plain`), and grouped_mm
+    elsewhere; none of them takes float64. "triton" is "auto" where its kernels cannot run or do not pay: a model
+    trained with it is read on a CPU, too."""
     if name == "triton" and (device.type != "cuda" or tokens <= FEW):
         name = "auto"
     if name != "auto":
@@ -44,6 +47,8 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, tokens: 
         return "gathered"
     if dtype == torch.float64:
         return "reference"
+    if device.type == "cuda" and plain and TRITON_INSTALLED:
+        return "triton"
     return "avx512" if device.type == "cpu" and plain and dtype in bank_cpu.DTYPES else "grouped"
 
 

@@ -89,8 +89,8 @@ class _ExpertFfn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        *saved, picks, blocks, ends = ctx.saved_tensors
-        gradients = _backward(grad.contiguous(), *saved, Plan(picks, blocks, ends), *ctx.sums.get(ctx.experts))
+        saved, plan = ctx.saved_tensors[:7], Plan(*ctx.saved_tensors[7:])
+        gradients = _backward(grad.contiguous(), saved, plan, ctx.sums.get(ctx.experts))
         return *gradients, grad.new_zeros((), dtype=torch.float32), None, None
 
 
@@ -108,8 +108,9 @@ def _forward(x, gates, scale, bias, matrices, plan):  # type: ignore[no-untyped-
     return picks if top_k == 1 else picks.view(tokens, top_k, width).sum(dim=1), hidden
 
 
-def _backward(grad, x, gates, hidden, scale, bias, w1, w2, plan, w1_sums, w2_sums):  # type: ignore[no-untyped-def]
+def _backward(grad, saved, plan, sums):  # type: ignore[no-untyped-def]
     """The gradients of x, gates, scale and bias from that of y, [N, D]; those of w1 and w2 are added to the sums."""
+    (x, gates, hidden, scale, bias, w1, w2), (w1_sums, w2_sums) = saved, sums
     adapter, (tokens, top_k), (experts, hidden_width, width) = scale is not None, gates.shape, w1.shape
     blocks, rows = len(plan.expert_of_block), _rows(plan, x, w1)
     width_tiles, hidden_tiles = triton.cdiv(width, TILE), triton.cdiv(hidden_width, TILE)

@@ -8,7 +8,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from switch_bank.ops import bank_cpu
-from switch_bank.ops.bank import ALIGN, FEW, Adapter, _opaque_grouped_mm, choose_backend, expert_ffn, plan_rows
+from switch_bank.ops.bank import (
+    ALIGN,
+    FEW,
+    TRITON_INSTALLED,
+    Adapter,
+    _opaque_grouped_mm,
+    choose_backend,
+    expert_ffn,
+    plan_rows,
+)
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 RANK = 8
@@ -300,7 +309,8 @@ def test_auto_takes_what_is_fastest_and_works() -> None:
 
     for dtype in (torch.float32, torch.bfloat16):
         assert choice(dtype) == ("avx512" if dtype in bank_cpu.DTYPES else "grouped")
-        assert choice(dtype, device="cuda") == choice(dtype, plain=False) == "grouped"
+        assert choice(dtype, device="cuda") == ("triton" if TRITON_INSTALLED else "grouped")
+        assert choice(dtype, device="cuda", plain=False) == choice(dtype, plain=False) == "grouped"
     assert choice(torch.float64) == "reference"
     assert choice(torch.float64, tokens=1) == choice(torch.bfloat16, tokens=FEW) == "gathered"
     assert choose_backend("reference", torch.device("cpu"), torch.float32, 1, True) == "reference"
