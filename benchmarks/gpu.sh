@@ -7,7 +7,7 @@
 # STEPS="limits bank-slice" runs these steps alone, those that prepare them aside. Where nothing is compiled yet, 9
 # minutes are too few for all. Then it takes two calls, each with RESULTS of its own:
 #  STEPS="limits tests-symmetric step small"
-#  STEPS="bank-slice bank-eight-slices optimizer tests torchrun tests-triton bank-slice-triton bank-eight-slices-triton"
+#  STEPS="bank-slice bank-eight-slices optimizer tests-triton tests torchrun bank-slice-grouped bank-eight-slices-grouped"
 # SMALL_SHAPES=1 takes every step at shapes of seconds, without a GPU too, on shards of tokens below 512 that start
 # documents with 0: to test this script, not to measure.
 set -uo pipefail
@@ -42,12 +42,11 @@ step() {
 }
 
 limits=() bank=(--presets record --seconds 2) eight_slices=(--tokens 98304) model=(record --seconds 8)
-triton=(--backend triton) short=() run=(--run.seconds 50 --run.val-at-seconds 25) notes=()
+grouped=(--backend grouped) short=() run=(--run.seconds 50 --run.val-at-seconds 25) notes=()
 if [ -n "${SMALL_SHAPES:-}" ]; then
   limits=(--matrix-size 128 --megabytes 8)
   bank=(--presets nano --tokens 128 --width 32 --expert-width 32 --experts 4 --dtypes float32 --seconds 0)
   eight_slices=(--top-k 2)
-  triton=(--backend grouped)
   short=(
     --model.layers 1 --model.width 64 --model.heads 1 --model.window 128 --model.experts 2 --model.expert-width 64
     --model.value-embeddings 0 --model.vocab-size 512 --model.eod-token 0 --data.slice-tokens 128
@@ -85,17 +84,16 @@ step small 300 "$python" train_switch_bank.py small "${data[@]}" "${short[@]}" "
 step bank-slice 75 "$python" -m benchmarks.bank "${bank[@]}" --json
 step bank-eight-slices 60 "$python" -m benchmarks.bank "${bank[@]}" "${eight_slices[@]}" --json
 step optimizer 60 "$python" -m benchmarks.optimizer "${model[@]}" --json
-step tests 90 "$python" -m pytest -m gpu "${gpu_tests[@]}"
+step tests-triton 100 "$python" -m pytest -m gpu "${triton_tests[@]}"
+step tests 150 "$python" -m pytest -m gpu "${gpu_tests[@]}"
 # torchrun starts its workers in a session of their own and kills those that do not end within 30 s: killed sooner
 # itself, it leaves them on the GPU.
 grace=35 step torchrun 150 "$python" -m torch.distributed.run --nproc_per_node=1 --master-addr=127.0.0.1 \
   --master-port=29517 train_switch_bank.py small "${data[@]}" --data.val-tokens 65536 "${short[@]}" --run.steps 20 \
   --run.out "$work/runs/torchrun"
-# Last: no GPU had run these kernels when they were written, and a kernel that hangs or writes where it must not takes
-# its process and its time with it.
-step tests-triton 100 "$python" -m pytest -m gpu "${triton_tests[@]}"
-step bank-slice-triton 60 "$python" -m benchmarks.bank "${bank[@]}" "${triton[@]}" --json
-step bank-eight-slices-triton 60 "$python" -m benchmarks.bank "${bank[@]}" "${eight_slices[@]}" "${triton[@]}" --json
+# What the Triton experts are measured against.
+step bank-slice-grouped 60 "$python" -m benchmarks.bank "${bank[@]}" "${grouped[@]}" --json
+step bank-eight-slices-grouped 60 "$python" -m benchmarks.bank "${bank[@]}" "${eight_slices[@]}" "${grouped[@]}" --json
 
 "$python" -m benchmarks.results "$work" --out "$results" "${notes[@]}"
 code=$?

@@ -190,18 +190,19 @@ def prepared(config: Config, folder: Path, world: distributed.World) -> Training
 
 
 def prepared_with_memory(config: Config, folder: Path, world: distributed.World) -> tuple[TrainingStep, float]:
-    """The step, and the MB that training holds at most: on a GPU its tensors, on a CPU all of a process that does
-    nothing else."""
+    """The step, and the MB that training holds at most: on a GPU what torch took of its memory, on a CPU all of a
+    process that does nothing else."""
     if world.device.type == "cpu":
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
             megabytes = process.submit(peak_memory_of_process, config, folder).result()
         return prepared(config, folder, world), megabytes
-    before = torch.cuda.memory_allocated()
+    before = torch.cuda.memory_reserved()
     step = prepared(config, folder, world)
     step(last_steps(config)[-1])
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()  # compiling and tuning held more than training does
     step(last_steps(config)[-1])
-    return step, (torch.cuda.max_memory_allocated() - before) / 1e6
+    return step, (torch.cuda.max_memory_reserved() - before) / 1e6
 
 
 def peak_memory_of_process(config: Config, folder: Path) -> float:

@@ -8,6 +8,7 @@ from switch_bank.config import Config
 from switch_bank.cuda_graphs import CudaGraphs
 from switch_bank.distributed import flat_gradients
 from switch_bank.model.gpt import SwitchBankGPT
+from switch_bank.numerics import set_numerics
 from switch_bank.schedules import StepState, step_states
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -17,6 +18,7 @@ TOKENS = 256
 def test_replays_give_the_losses_and_gradients_of_the_function_on_other_tokens_and_weights(config_of, model_of) -> None:
     config: Config = config_of(width=64, expert_width=64, window=128, dtype="bfloat16", experts=4)
     device = torch.device("cuda")
+    set_numerics(device)
     graphs = CudaGraphs(device)
     model: SwitchBankGPT = model_of(config).to(device)
     gradients = flat_gradients(list(model.parameters()))

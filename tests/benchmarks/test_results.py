@@ -19,8 +19,8 @@ from switch_bank.data import write_shard
 ROOT = Path(__file__).resolve().parents[2]
 FIRST_CALL = ["limits", "tests-symmetric", "step", "small"]
 SECOND_CALL = [
-    "bank-slice", "bank-eight-slices", "optimizer", "tests", "torchrun", "tests-triton", "bank-slice-triton",
-    "bank-eight-slices-triton",
+    "bank-slice", "bank-eight-slices", "optimizer", "tests-triton", "tests", "torchrun", "bank-slice-grouped",
+    "bank-eight-slices-grouped",
 ]  # fmt: skip
 STEPS = ["shards", *FIRST_CALL, *SECOND_CALL]
 

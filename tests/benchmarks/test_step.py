@@ -122,9 +122,10 @@ def test_no_matrix_of_a_prepared_model_is_zero_and_what_was_not_zero_stays(confi
 def test_what_compiling_takes_is_not_in_a_gpus_peak_memory(config, world, tmp_path, monkeypatch):
     memory, peak, took = 1e6, [0.0], iter([900e6, 50e6])  # the first step compiles
     monkeypatch.setattr(benchmarks.step, "prepared", lambda *_: lambda at: peak.append(memory + next(took)))
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: memory)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: memory)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", peak.clear)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: max(peak))
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: max(peak))
     gpu = world._replace(device=torch.device("cuda"))
     assert prepared_with_memory(config, tmp_path, gpu)[1] == 50
 
