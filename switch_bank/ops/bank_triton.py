@@ -15,13 +15,13 @@ from torch import Tensor
 
 from switch_bank.ops.arranged import Arranged, GradientSums, collect
 
-TILE = 128  # rows of a program's part of a result: of an expert, or of its matrix
+TILE = 128  # rows and columns of a program's part of a result
 CHUNK = 1024  # picks that a program of the plan counts
-# COLUMNS of a program's part of a result, and STEP, how much of the summed side is multiplied at a time: the fastest on
-# an H200 of those in benchmarks/NOTES.md.
-HIDDEN = dict(COLUMNS=256, STEP=64, num_warps=8, num_stages=4)  # results as wide as an expert
-OUTPUT = dict(COLUMNS=128, STEP=64, num_warps=8, num_stages=3, maxnreg=128)  # as wide as the model
-WEIGHT = dict(COLUMNS=128, STEP=64, num_warps=8, num_stages=5, maxnreg=128)  # a matrix
+# STEP is how much of the summed side is multiplied at a time. With these, a Hopper multiprocessor has registers and
+# shared memory for two programs at a time, and consumer GPUs for one.
+PLAIN = dict(STEP=64, num_warps=8, num_stages=3, maxnreg=128)
+# In each step, indices are loaded before what they point to.
+GATHERED = dict(STEP=64, num_warps=8, num_stages=5, maxnreg=128)
 
 
 def arrange(w1: Tensor, w2: Tensor, dtype: torch.dtype) -> Arranged:
@@ -99,13 +99,11 @@ def _forward(x, gates, scale, bias, matrices, plan):  # type: ignore[no-untyped-
     blocks, rows = len(plan.expert_of_block), _rows(plan, x, w1)
     own_w1, offset = _with_adapter(w1, scale, bias)
     hidden = x.new_empty(len(plan.pick_of_row), hidden_width)
-    sizes = _sizes(HIDDEN, hidden_width)
-    hidden_rows[(blocks * triton.cdiv(hidden_width, sizes["COLUMNS"]),)](
-        x, own_w1, offset, gates, hidden, *rows, TOP_K=top_k, ADAPTER=scale is not None, **sizes
+    hidden_rows[(blocks * triton.cdiv(hidden_width, TILE),)](
+        x, own_w1, offset, gates, hidden, *rows, TOP_K=top_k, ADAPTER=scale is not None, **_sizes(PLAIN)
     )
     picks = x.new_empty(tokens * top_k, width)
-    sizes = _sizes(OUTPUT, width)
-    output_rows[(blocks * triton.cdiv(width, sizes["COLUMNS"]),)](hidden, w2, picks, *rows, TOP_K=top_k, **sizes)
+    output_rows[(blocks * triton.cdiv(width, TILE),)](hidden, w2, picks, *rows, TOP_K=top_k, **_sizes(PLAIN))
     return picks if top_k == 1 else picks.view(tokens, top_k, width).sum(dim=1), hidden
 
 
@@ -114,12 +112,7 @@ def _backward(grad, saved, plan, sums):  # type: ignore[no-untyped-def]
     (x, gates, hidden, scale, bias, w1, w2), (w1_sums, w2_sums) = saved, sums
     adapter, (tokens, top_k), (experts, hidden_width, width) = scale is not None, gates.shape, w1.shape
     blocks, rows = len(plan.expert_of_block), _rows(plan, x, w1)
-    sizes, output_sizes, weight_sizes = (
-        _sizes(HIDDEN, hidden_width),
-        _sizes(OUTPUT, width),
-        _sizes(WEIGHT, hidden_width),
-    )
-    hidden_tiles = triton.cdiv(hidden_width, sizes["COLUMNS"])
+    width_tiles, hidden_tiles = triton.cdiv(width, TILE), triton.cdiv(hidden_width, TILE)
     own_w1, _ = _with_adapter(w1, scale, bias)
     # Sums over the columns of a tile or the rows of a block, each by the one program that has them. A block of no
     # expert writes nothing.
@@ -128,22 +121,19 @@ def _backward(grad, saved, plan, sums):  # type: ignore[no-untyped-def]
     hidden_grad = torch.empty_like(hidden)  # of W₁'s product
     hidden_row_gradients[(blocks * hidden_tiles,)](
         grad, w2, gates, hidden, hidden_grad, gate_parts, hidden_parts, *rows,
-        TOP_K=top_k, ADAPTER=adapter, **sizes,
+        TOP_K=top_k, ADAPTER=adapter, **_sizes(PLAIN),
     )  # fmt: skip
     pick_grads = x.new_empty(tokens * top_k, width)
-    grid = (blocks * triton.cdiv(width, output_sizes["COLUMNS"]),)
-    input_row_gradients[grid](hidden_grad, own_w1, pick_grads, *rows, TOP_K=top_k, **output_sizes)
+    input_row_gradients[(blocks * width_tiles,)](hidden_grad, own_w1, pick_grads, *rows, TOP_K=top_k, **_sizes(PLAIN))
     x_grad = pick_grads if top_k == 1 else pick_grads.view(tokens, top_k, width).sum(dim=1)
-    hidden_tiles = triton.cdiv(hidden_width, weight_sizes["COLUMNS"])
-    grid = (experts * triton.cdiv(width, TILE) * hidden_tiles,)
-    shape = (plan.pick_of_row, plan.ends, tokens, width, hidden_width)
+    grid, shape = (experts * width_tiles * hidden_tiles,), (plan.pick_of_row, plan.ends, tokens, width, hidden_width)
     # Of scale and bias, a sum over the columns of each tile.
     parts = torch.empty(2, experts, hidden_tiles, width, device=x.device)
     w1_gradients[grid](
         x, hidden_grad, scale if adapter else x, bias if adapter else x, hidden_parts, w1, w1_sums, parts[0], parts[1],
-        *shape, TOP_K=top_k, ADAPTER=adapter, **weight_sizes,
+        *shape, TOP_K=top_k, ADAPTER=adapter, **_sizes(GATHERED),
     )  # fmt: skip
-    w2_gradients[grid](grad, hidden, w2_sums, *shape, TOP_K=top_k, **weight_sizes)
+    w2_gradients[grid](grad, hidden, w2_sums, *shape, TOP_K=top_k, **_sizes(GATHERED))
     scale_grad, bias_grad = parts.sum(dim=2).to(scale.dtype) if adapter else (None, None)
     return x_grad, gate_parts.sum(dim=-1).view_as(gates).to(gates.dtype), scale_grad, bias_grad
 
@@ -166,9 +156,8 @@ def _rows(plan: Plan, x: Tensor, w1: Tensor) -> tuple[Tensor, Tensor, int, int, 
     return plan.pick_of_row, plan.expert_of_block, len(x), width, hidden_width, experts
 
 
-def _sizes(of_kernel: dict[str, int], columns: int) -> dict[str, int]:
-    """What a kernel is launched with for a result of so many columns."""
-    return of_kernel | dict(TILE=TILE, COLUMNS=min(of_kernel["COLUMNS"], max(16, triton.next_power_of_2(columns))))
+def _sizes(of_kernel: dict[str, int]) -> dict[str, int]:
+    return of_kernel | dict(TILE=TILE, STEP=min(of_kernel["STEP"], TILE))
 
 
 # ---- the plan --------------------------------------------------------------------------------------------------------
@@ -248,11 +237,11 @@ def apply_adapter(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def product(a, w, w_step, depth, TILE: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Σ_k a_k·w_k in float32, [TILE, COLUMNS]. a: pointers [TILE, STEP] to the first columns of some rows; w: pointers
-    [STEP, COLUMNS], with w_step from one k to the next."""
+def product(a, w, w_step, depth, TILE: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Σ_k a_k·w_k in float32, [TILE, TILE]. a: pointers [TILE, STEP] to the first columns of some rows; w: pointers
+    [STEP, TILE], with w_step from one k to the next."""
     k = tl.arange(0, STEP)
-    total = tl.zeros((TILE, COLUMNS), dtype=tl.float32)
+    total = tl.zeros((TILE, TILE), dtype=tl.float32)
     for start in range(0, depth, STEP):
         inside = k < depth - start
         left = tl.load(a + start, mask=inside[None, :], other=0.0)
@@ -265,24 +254,24 @@ def product(a, w, w_step, depth, TILE: tl.constexpr, COLUMNS: tl.constexpr, STEP
 @triton.jit
 def hidden_rows(  # type: ignore[no-untyped-def]
     x_ptr, w1_ptr, offset_ptr, gates_ptr, hidden_ptr, pick_ptr, expert_ptr, tokens, width, hidden_width, experts,
-    TOP_K: tl.constexpr, ADAPTER: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+    TOP_K: tl.constexpr, ADAPTER: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """gate · relu²(W₁·x + offset) of the rows of a block, zeros in those of no pick; a program a tile, those of a block
     in a row."""
-    tiles = tl.cdiv(hidden_width, COLUMNS)
+    tiles = tl.cdiv(hidden_width, TILE)
     block = (tl.program_id(0) // tiles).to(tl.int64)
     expert = tl.load(expert_ptr + block).to(tl.int64)
     if expert == experts:
         return
     row = block * TILE + tl.arange(0, TILE)
-    column = (tl.program_id(0) % tiles) * COLUMNS + tl.arange(0, COLUMNS)
+    column = (tl.program_id(0) % tiles) * TILE + tl.arange(0, TILE)
     k = tl.arange(0, STEP)
     # What is outside is read from inside, finite values: rows of no pick have a gate of zero, and no column is written.
     pick = tl.load(pick_ptr + row).to(tl.int64)
     token = tl.minimum(pick // TOP_K, tokens - 1)
     a = x_ptr + token[:, None] * width + k[None, :]
     w = w1_ptr + expert * hidden_width * width + (column % hidden_width)[None, :] * width + k[:, None]
-    total = product(a, w, 1, width, TILE, COLUMNS, STEP)
+    total = product(a, w, 1, width, TILE, STEP)
     if ADAPTER:
         total += tl.load(offset_ptr + expert * hidden_width + column, mask=column < hidden_width, other=0.0)[None, :]
     total = tl.where(total < 0.0, 0.0, total)  # unlike a maximum, this keeps a NaN
@@ -294,20 +283,20 @@ def hidden_rows(  # type: ignore[no-untyped-def]
 @triton.jit
 def output_rows(  # type: ignore[no-untyped-def]
     hidden_ptr, w2_ptr, picks_ptr, pick_ptr, expert_ptr, tokens, width, hidden_width, experts,
-    TOP_K: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+    TOP_K: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """W₂·hidden of the rows of a block, each written where its pick stands in [N·K, D]."""
-    tiles = tl.cdiv(width, COLUMNS)
+    tiles = tl.cdiv(width, TILE)
     block = (tl.program_id(0) // tiles).to(tl.int64)
     expert = tl.load(expert_ptr + block).to(tl.int64)
     if expert == experts:
         return
     row = block * TILE + tl.arange(0, TILE)
-    column = (tl.program_id(0) % tiles) * COLUMNS + tl.arange(0, COLUMNS)
+    column = (tl.program_id(0) % tiles) * TILE + tl.arange(0, TILE)
     k = tl.arange(0, STEP)
     a = hidden_ptr + row[:, None] * hidden_width + k[None, :]
     w = w2_ptr + expert * width * hidden_width + (column % width)[None, :] * hidden_width + k[:, None]
-    total = product(a, w, 1, hidden_width, TILE, COLUMNS, STEP)
+    total = product(a, w, 1, hidden_width, TILE, STEP)
     pick = tl.load(pick_ptr + row).to(tl.int64)
     inside = (pick < tokens * TOP_K)[:, None] & (column < width)[None, :]
     picks = picks_ptr + pick[:, None] * width + column[None, :]
@@ -318,54 +307,44 @@ def output_rows(  # type: ignore[no-untyped-def]
 def hidden_row_gradients(  # type: ignore[no-untyped-def]
     grad_ptr, w2_ptr, gates_ptr, hidden_ptr, hidden_grad_ptr, gate_parts_ptr, hidden_parts_ptr, pick_ptr, expert_ptr,
     tokens, width, hidden_width, experts,
-    TOP_K: tl.constexpr, ADAPTER: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+    TOP_K: tl.constexpr, ADAPTER: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """The gradient of W₁'s product in each row of a block, zeros in those of no pick, from that of y: W₂ᵀ·grad times
     2 · gate · relu, which is 2·sqrt(gate · hidden) with the sign of the gate. With it, the tile's part of each pick's
     gate gradient, which is hidden/gate · W₂ᵀ·grad, and for the adapter the sums over the block's rows."""
-    tiles = tl.cdiv(hidden_width, COLUMNS)
+    tiles = tl.cdiv(hidden_width, TILE)
     block, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     expert = tl.load(expert_ptr + block).to(tl.int64)
     if expert == experts:
         return
-    row, column = block * TILE + tl.arange(0, TILE), tile * COLUMNS + tl.arange(0, COLUMNS)
+    row, column = block * TILE + tl.arange(0, TILE), tile * TILE + tl.arange(0, TILE)
     k = tl.arange(0, STEP)
     pick = tl.load(pick_ptr + row).to(tl.int64)
     token = tl.minimum(pick // TOP_K, tokens - 1)
     a = grad_ptr + token[:, None] * width + k[None, :]
     w = w2_ptr + expert * width * hidden_width + k[:, None] * hidden_width + (column % hidden_width)[None, :]
-    total = product(a, w, hidden_width, width, TILE, COLUMNS, STEP)
+    total = product(a, w, hidden_width, width, TILE, STEP)
     there = pick < tokens * TOP_K
     gate = tl.load(gates_ptr + pick, mask=there, other=0.0).to(tl.float32)
+    # One half of the columns at a time: to hold all of `hidden` beside `total` takes twice the registers.
+    first, second = halves(total, TILE, TILE)
+    half = tile * TILE + tl.arange(0, TILE // 2)
     inverse = tl.where(gate == 0.0, 0.0, 1.0 / gate)
     factor = tl.where(gate < 0.0, -2.0, 2.0) * tl.sqrt(tl.abs(gate))
     rest = (row, inverse, factor, hidden_ptr, hidden_grad_ptr, hidden_parts_ptr + block * hidden_width, hidden_width)
-    # A quarter of the columns at a time: to hold all of `hidden` beside `total` takes twice the registers.
-    first, second, third, fourth = quarters(total, TILE, COLUMNS)
-    some = tile * COLUMNS + tl.arange(0, COLUMNS // 4)
-    part = some_hidden_row_gradients(first, some, rest, ADAPTER)
-    part += some_hidden_row_gradients(second, some + COLUMNS // 4, rest, ADAPTER)
-    part += some_hidden_row_gradients(third, some + COLUMNS // 2, rest, ADAPTER)
-    part += some_hidden_row_gradients(fourth, some + 3 * COLUMNS // 4, rest, ADAPTER)
+    part = half_of_hidden_row_gradients(first, half, rest, ADAPTER)
+    part += half_of_hidden_row_gradients(second, half + TILE // 2, rest, ADAPTER)
     tl.store(gate_parts_ptr + pick * tiles + tile, part, mask=there)
 
 
 @triton.jit
-def quarters(total, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The quarters of the columns of [ROWS, COLUMNS], from left to right."""
-    left, right = halves(total, ROWS, COLUMNS)
-    first, second = halves(left, ROWS, COLUMNS // 2)
-    third, fourth = halves(right, ROWS, COLUMNS // 2)
-    return first, second, third, fourth
-
-
-@triton.jit
 def halves(total, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The first half of the columns of [ROWS, COLUMNS], and the second."""
     return tl.split(tl.permute(tl.reshape(total, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
 
 
 @triton.jit
-def some_hidden_row_gradients(  # type: ignore[no-untyped-def]
+def half_of_hidden_row_gradients(  # type: ignore[no-untyped-def]
     total, column, rest, ADAPTER: tl.constexpr
 ):  # fmt: skip
     """What `hidden_row_gradients` makes of W₂ᵀ·grad in some columns. Returns their part of each row's gate gradient."""
@@ -383,20 +362,20 @@ def some_hidden_row_gradients(  # type: ignore[no-untyped-def]
 @triton.jit
 def input_row_gradients(  # type: ignore[no-untyped-def]
     hidden_grad_ptr, w1_ptr, picks_ptr, pick_ptr, expert_ptr, tokens, width, hidden_width, experts,
-    TOP_K: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+    TOP_K: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """W₁ᵀ·gradient of the rows of a block, each written where its pick stands in [N·K, D]."""
-    tiles = tl.cdiv(width, COLUMNS)
+    tiles = tl.cdiv(width, TILE)
     block = (tl.program_id(0) // tiles).to(tl.int64)
     expert = tl.load(expert_ptr + block).to(tl.int64)
     if expert == experts:
         return
     row = block * TILE + tl.arange(0, TILE)
-    column = (tl.program_id(0) % tiles) * COLUMNS + tl.arange(0, COLUMNS)
+    column = (tl.program_id(0) % tiles) * TILE + tl.arange(0, TILE)
     k = tl.arange(0, STEP)
     a = hidden_grad_ptr + row[:, None] * hidden_width + k[None, :]
     w = w1_ptr + expert * hidden_width * width + k[:, None] * width + (column % width)[None, :]
-    total = product(a, w, width, hidden_width, TILE, COLUMNS, STEP)
+    total = product(a, w, width, hidden_width, TILE, STEP)
     pick = tl.load(pick_ptr + row).to(tl.int64)
     inside = (pick < tokens * TOP_K)[:, None] & (column < width)[None, :]
     picks = picks_ptr + pick[:, None] * width + column[None, :]
@@ -406,14 +385,14 @@ def input_row_gradients(  # type: ignore[no-untyped-def]
 @triton.jit
 def outer_products(  # type: ignore[no-untyped-def]
     gathered_ptr, rows_ptr, pick_ptr, first, end, d, f, tokens, width, hidden_width,
-    TOP_K: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+    TOP_K: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Σ over rows first..end of gathered[token of the row] ⊗ rows[row] in columns d and f, [TILE, COLUMNS] float32.
-    Rows of no pick hold zeros in `rows`."""
+    """Σ over rows first..end of gathered[token of the row] ⊗ rows[row] in columns d and f, [TILE, TILE] float32. Rows
+    of no pick hold zeros in `rows`."""
     k = tl.arange(0, STEP)
     gathered = gathered_ptr + (d % width)[:, None]
     rows = rows_ptr + (first.to(tl.int64) + k)[:, None] * hidden_width + (f % hidden_width)[None, :]
-    total = tl.zeros((TILE, COLUMNS), dtype=tl.float32)
+    total = tl.zeros((TILE, TILE), dtype=tl.float32)
     for start in range(first, end, STEP):
         pick = tl.load(pick_ptr + start + k).to(tl.int64)
         token = tl.minimum(pick // TOP_K, tokens - 1)
@@ -423,18 +402,16 @@ def outer_products(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def place_of_weight_gradients(  # type: ignore[no-untyped-def]
-    ends_ptr, width, hidden_width, TILE: tl.constexpr, COLUMNS: tl.constexpr
-):
+def place_of_weight_gradients(ends_ptr, width, hidden_width, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Of a program for each tile of each expert's matrix: expert, its first row and the end of them, columns d and f,
     and the tile among those of f."""
-    hidden_tiles = tl.cdiv(hidden_width, COLUMNS)
+    hidden_tiles = tl.cdiv(hidden_width, TILE)
     tiles = tl.cdiv(width, TILE) * hidden_tiles
     expert, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     first = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
     end = tl.load(ends_ptr + expert)
     d = (tile // hidden_tiles) * TILE + tl.arange(0, TILE)
-    f = (tile % hidden_tiles) * COLUMNS + tl.arange(0, COLUMNS)
+    f = (tile % hidden_tiles) * TILE + tl.arange(0, TILE)
     return expert, first, end, d, f, tile % hidden_tiles
 
 
@@ -442,13 +419,13 @@ def place_of_weight_gradients(  # type: ignore[no-untyped-def]
 def w1_gradients(  # type: ignore[no-untyped-def]
     x_ptr, hidden_grad_ptr, scale_ptr, bias_ptr, hidden_parts_ptr, w1_ptr, sums_ptr, scale_parts_ptr, bias_parts_ptr,
     pick_ptr, ends_ptr, tokens, width, hidden_width,
-    TOP_K: tl.constexpr, ADAPTER: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+    TOP_K: tl.constexpr, ADAPTER: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Of each expert, G = Σ over its rows of x ⊗ g, g being the gradient of W₁'s product. Added to sums [E, F, D] are
     scale·G + bias ⊗ Σg; of the adapter's gradients, W₁·G and W₁·Σg, the part of each tile's columns is written."""
-    expert, first, end, d, f, hidden_tile = place_of_weight_gradients(ends_ptr, width, hidden_width, TILE, COLUMNS)
+    expert, first, end, d, f, hidden_tile = place_of_weight_gradients(ends_ptr, width, hidden_width, TILE)
     total = outer_products(
-        x_ptr, hidden_grad_ptr, pick_ptr, first, end, d, f, tokens, width, hidden_width, TOP_K, TILE, COLUMNS, STEP
+        x_ptr, hidden_grad_ptr, pick_ptr, first, end, d, f, tokens, width, hidden_width, TOP_K, TILE, STEP
     )
     scale = tl.full((TILE,), 1.0, tl.float32)
     bias = tl.zeros((TILE,), dtype=tl.float32)
@@ -458,29 +435,32 @@ def w1_gradients(  # type: ignore[no-untyped-def]
     of_expert = expert * width * hidden_width
     rest = (w1_ptr + of_expert, sums_ptr + of_expert, hidden_parts_ptr, first, end, d, scale, bias, width, hidden_width)
     # A quarter of the columns at a time, for the sake of registers.
-    one, two, three, four = quarters(total, TILE, COLUMNS)
-    some = hidden_tile * COLUMNS + tl.arange(0, COLUMNS // 4)
-    parts = (tl.zeros((TILE,), dtype=tl.float32), tl.zeros((TILE,), dtype=tl.float32))
-    parts = some_w1_gradients(one, some, parts, rest, ADAPTER, TILE, COLUMNS // 4)
-    parts = some_w1_gradients(two, some + COLUMNS // 4, parts, rest, ADAPTER, TILE, COLUMNS // 4)
-    parts = some_w1_gradients(three, some + COLUMNS // 2, parts, rest, ADAPTER, TILE, COLUMNS // 4)
-    scale_part, bias_part = some_w1_gradients(four, some + 3 * COLUMNS // 4, parts, rest, ADAPTER, TILE, COLUMNS // 4)
+    one, other = halves(total, TILE, TILE)
+    first_quarter, second_quarter = halves(one, TILE, TILE // 2)
+    third_quarter, fourth_quarter = halves(other, TILE, TILE // 2)
+    column = hidden_tile * TILE + tl.arange(0, TILE // 4)
+    scale_part, bias_part = tl.zeros((TILE,), dtype=tl.float32), tl.zeros((TILE,), dtype=tl.float32)
+    parts = (scale_part, bias_part)
+    parts = quarter_of_w1_gradients(first_quarter, column, parts, rest, ADAPTER, TILE)
+    parts = quarter_of_w1_gradients(second_quarter, column + TILE // 4, parts, rest, ADAPTER, TILE)
+    parts = quarter_of_w1_gradients(third_quarter, column + TILE // 2, parts, rest, ADAPTER, TILE)
+    scale_part, bias_part = quarter_of_w1_gradients(fourth_quarter, column + 3 * TILE // 4, parts, rest, ADAPTER, TILE)
     if ADAPTER:
-        here = (expert * tl.cdiv(hidden_width, COLUMNS) + hidden_tile) * width + d
+        here = (expert * tl.cdiv(hidden_width, TILE) + hidden_tile) * width + d
         tl.store(scale_parts_ptr + here, scale_part, mask=d < width)
         tl.store(bias_parts_ptr + here, bias_part, mask=d < width)
 
 
 @triton.jit
-def some_w1_gradients(  # type: ignore[no-untyped-def]
-    total, f, adapter_parts, rest, ADAPTER: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr
+def quarter_of_w1_gradients(  # type: ignore[no-untyped-def]
+    total, f, adapter_parts, rest, ADAPTER: tl.constexpr, TILE: tl.constexpr
 ):
     """What `w1_gradients` makes of G in some columns f. Returns the adapter's parts, with theirs added."""
     scale_part, bias_part = adapter_parts
     w1, sums, hidden_parts, first, end, d, scale, bias, width, hidden_width = rest
     here, inside = d[:, None] + f[None, :] * width, (d < width)[:, None] & (f < hidden_width)[None, :]
     if ADAPTER:
-        g = tl.zeros((COLUMNS,), dtype=tl.float32)
+        g = tl.zeros((TILE // 4,), dtype=tl.float32)
         for block in range(first // TILE, end // TILE, 8):
             some = block + tl.arange(0, 8)
             there = (some < end // TILE)[:, None] & (f < hidden_width)[None, :]
@@ -497,20 +477,19 @@ def some_w1_gradients(  # type: ignore[no-untyped-def]
 @triton.jit
 def w2_gradients(  # type: ignore[no-untyped-def]
     grad_ptr, hidden_ptr, sums_ptr, pick_ptr, ends_ptr, tokens, width, hidden_width,
-    TOP_K: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+    TOP_K: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Of each expert, Σ over its rows of grad ⊗ hidden, added to sums [E, D, F]."""
-    expert, first, end, d, f, hidden_tile = place_of_weight_gradients(ends_ptr, width, hidden_width, TILE, COLUMNS)
+    expert, first, end, d, f, hidden_tile = place_of_weight_gradients(ends_ptr, width, hidden_width, TILE)
     total = outer_products(
-        grad_ptr, hidden_ptr, pick_ptr, first, end, d, f, tokens, width, hidden_width, TOP_K, TILE, COLUMNS, STEP
+        grad_ptr, hidden_ptr, pick_ptr, first, end, d, f, tokens, width, hidden_width, TOP_K, TILE, STEP
     )
-    one, two, three, four = quarters(total, TILE, COLUMNS)
-    some = hidden_tile * COLUMNS + tl.arange(0, COLUMNS // 4)
+    # A half of the columns at a time, for the sake of registers.
+    one, other = halves(total, TILE, TILE)
+    column = hidden_tile * TILE + tl.arange(0, TILE // 2)
     sums_ptr += expert * width * hidden_width
-    add_to(sums_ptr, one, d, some, width, hidden_width)
-    add_to(sums_ptr, two, d, some + COLUMNS // 4, width, hidden_width)
-    add_to(sums_ptr, three, d, some + COLUMNS // 2, width, hidden_width)
-    add_to(sums_ptr, four, d, some + 3 * COLUMNS // 4, width, hidden_width)
+    add_to(sums_ptr, one, d, column, width, hidden_width)
+    add_to(sums_ptr, other, d, column + TILE // 2, width, hidden_width)
 
 
 @triton.jit

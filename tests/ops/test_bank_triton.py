@@ -18,6 +18,7 @@ from tests.ops.test_bank import Problem, assert_equal
 from tests.ops.triton_kernels import (
     DEVICE,
     INTERPRETED,
+    TRITON_VERSION,
     compile_for_hopper,
     compiles,
     run_interpreted,
@@ -30,7 +31,6 @@ POINTERS = {
     "hidden_parts_ptr": "*fp32", "offset_ptr": "*fp32", "scale_ptr": "*fp32", "bias_ptr": "*fp32",
     "scale_parts_ptr": "*fp32", "bias_parts_ptr": "*fp32",
 }  # fmt: skip
-TRAINERS_SIZES = {name: getattr(bank_triton, name) for name in ("HIDDEN", "OUTPUT", "WEIGHT")}
 INTEGERS = ("tokens", "width", "hidden_width", "experts")
 
 
@@ -43,33 +43,34 @@ def test_the_values_are_right_in_the_interpreter() -> None:
 @pytest.mark.parametrize(
     ("kernel", "sizes", "options"),
     [
-        ("hidden_rows", bank_triton.HIDDEN, dict(ADAPTER=True)),
-        ("hidden_rows", bank_triton.HIDDEN, dict(ADAPTER=False)),
-        ("output_rows", bank_triton.OUTPUT, {}),
-        ("hidden_row_gradients", bank_triton.HIDDEN, dict(ADAPTER=True)),
-        ("hidden_row_gradients", bank_triton.HIDDEN, dict(ADAPTER=False)),
-        ("input_row_gradients", bank_triton.OUTPUT, {}),
-        ("w1_gradients", bank_triton.WEIGHT, dict(ADAPTER=True)),
-        ("w1_gradients", bank_triton.WEIGHT, dict(ADAPTER=False)),
-        ("w2_gradients", bank_triton.WEIGHT, {}),
+        ("hidden_rows", bank_triton.PLAIN, dict(ADAPTER=True)), ("hidden_rows", bank_triton.PLAIN, dict(ADAPTER=False)),
+        ("output_rows", bank_triton.PLAIN, {}),
+        ("hidden_row_gradients", bank_triton.PLAIN, dict(ADAPTER=True)),
+        ("hidden_row_gradients", bank_triton.PLAIN, dict(ADAPTER=False)),
+        ("input_row_gradients", bank_triton.PLAIN, {}),
+        ("w1_gradients", bank_triton.GATHERED, dict(ADAPTER=True)),
+        ("w1_gradients", bank_triton.GATHERED, dict(ADAPTER=False)),
+        ("w2_gradients", bank_triton.GATHERED, {}),
     ],
     ids=str,
 )  # fmt: skip
-def test_a_hopper_gpu_spills_no_register_that_a_product_needs(
+def test_a_hopper_gpu_spills_no_register_and_runs_two_programs_a_multiprocessor(
     kernel: str, sizes: dict[str, int], options: dict[str, bool], tmp_path: Path
 ) -> None:
     function = getattr(bank_triton, kernel)
     pointers = {name: POINTERS.get(name, "*bf16") for name in function.arg_names if name.endswith("_ptr")}
     integers = {name: "i32" for name in function.arg_names if name in INTEGERS}
-    launch = {name: value for name, value in sizes.items() if name not in ("STEP", "COLUMNS")}
+    launch = {name: value for name, value in sizes.items() if name != "STEP"}
     compiled = compile_for_hopper(
-        function, tmp_path, launch, **pointers, **integers, TOP_K=1, TILE=bank_triton.TILE,
-        COLUMNS=sizes["COLUMNS"], STEP=sizes["STEP"], **options,
+        function, tmp_path, launch, **pointers, **integers, TOP_K=1, TILE=bank_triton.TILE, STEP=sizes["STEP"],
+        **options,
     )  # fmt: skip
     print(f"{kernel} {options}: {compiled}")
-    # With 128 registers, w1_gradients spills a few after its product.
+    # w1_gradients spills a few after its product.
     assert compiled.spilled <= (160 if kernel == "w1_gradients" else 0) and compiled.shared <= 227 * 1024
     assert "wgmma.mma_async" in compiled.ptx and "cp.async" in compiled.ptx
+    if TRITON_VERSION.startswith("3.6."):
+        assert compiled.shared <= 227 * 1024 // 2 and compiled.registers <= 128
 
 
 @pytest.fixture
@@ -77,8 +78,6 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tiles of 16, plans in chunks of 32; where nothing but this process's memory is used, new memory is NaN."""
     monkeypatch.setattr(bank_triton, "TILE", 16)
     monkeypatch.setattr(bank_triton, "CHUNK", 32)
-    for name in ("HIDDEN", "OUTPUT", "WEIGHT"):
-        monkeypatch.setattr(bank_triton, name, dict(COLUMNS=16, STEP=16, num_warps=4, num_stages=2))
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(INTERPRETED)
     yield
@@ -107,8 +106,6 @@ class TestValues:
 
     def test_so_do_the_trainers_tiles(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(bank_triton, "TILE", 128)
-        for name, sizes in TRAINERS_SIZES.items():
-            monkeypatch.setattr(bank_triton, name, sizes)
         problem = Problem(tokens=150, experts=2, width=72, hidden=136, dtype=torch.float32, device=DEVICE)
         assert_equal(problem.solve("triton"), problem.solve_by_definition(), TOLERANCE[torch.float32])
 
