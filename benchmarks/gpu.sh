@@ -24,6 +24,9 @@ trap 'rm -rf "$work"' EXIT
 mkdir "$work/runs" "$work/site" "$work/shards"
 export PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}"
 last_second=$((SECONDS + 525)) # 9 minutes, less what the last lines take
+# Told to end, it stops the step that runs, takes no other, and writes down what it has.
+trap 'last_second=0; kill "$running"' TERM
+running=
 
 # step NAME LIMIT COMMAND...: runs it for at most LIMIT seconds and what is left of the 9 minutes. Told to end, it is
 # given `grace` seconds.
@@ -34,8 +37,11 @@ step() {
   shift 2
   [ "$limit" -le "$left" ] || limit=$left
   if [ "$limit" -gt 0 ]; then
-    timeout --kill-after="$grace" "$limit" "$@" >"$work/$name.out" 2>"$work/$name.err"
+    timeout --kill-after="$grace" "$limit" "$@" >"$work/$name.out" 2>"$work/$name.err" &
+    running=$!
+    wait "$running"
     code=$?
+    wait "$running" # a signal ends the first wait, not the step
   fi
   printf '%s\t%s\t%s\t%s\n' "$name" "$code" "$((SECONDS - began))" "$*" >>"$work/steps.tsv"
   echo "$name: exit code $code after $((SECONDS - began)) s" >&2

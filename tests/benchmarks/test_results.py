@@ -4,10 +4,12 @@ import copy
 import json
 import os
 import re
+import signal
 import stat
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +120,31 @@ def test_a_missing_archive_gets_one_clear_line(tmp_path):
     result = subprocess.run(["benchmarks/gpu.sh", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2
     assert "INPUTS holds docs_gpt2.tar.xz" in result.stderr
+
+
+def test_told_to_end_it_writes_down_what_it_has(inputs, tmp_path):
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/sh\n"
+        f'case "$*" in *benchmarks.results*|-c*) exec "{sys.executable}" "$@";; *tests*) touch "{tmp_path}/there"; '
+        "exec sleep 30;; esac\n"
+    )
+    python.chmod(python.stat().st_mode | stat.S_IXUSR)
+    environment = os.environ | {"SMALL_SHAPES": "1", "PYTHON": str(python), "CUDA_VISIBLE_DEVICES": ""}
+    command = ["benchmarks/gpu.sh", str(inputs), str(tmp_path / "results")]
+    running = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+    for _ in range(200):
+        if (tmp_path / "there").exists():
+            break
+        time.sleep(0.1)
+    os.killpg(running.pid, signal.SIGTERM)  # as `timeout` tells a script and all that it has started
+    running.communicate(timeout=60)
+    (file,) = (tmp_path / "results").glob("*.json")
+    steps = {step["name"]: step["exit_code"] for step in json.loads(file.read_text())["steps"]}
+    assert list(steps) == STEPS and steps["limits"] == 0
+    assert steps["tests-symmetric"] != 0 and steps["step"] == steps["small"] == -1
 
 
 @pytest.mark.slow
