@@ -32,8 +32,14 @@ class CudaGraphs:
             inputs, graph = tuple(tensor.clone() for tensor in tensors), torch.cuda.CUDAGraph()
             # Other threads, one that pins memory for batches among them, may go on meanwhile.
             where = dict(stream=torch.cuda.current_stream(), capture_error_mode="thread_local")
-            with torch.cuda.graph(graph, self._pool, **where):  # type: ignore[arg-type]
-                output = function(*inputs)
+            try:
+                with torch.cuda.graph(graph, self._pool, **where):  # type: ignore[arg-type]
+                    output = function(*inputs)
+            except RuntimeError as error:
+                reason = " ".join(str(error).split())
+                raise RuntimeError(
+                    f"this cannot be recorded as a CUDA graph ({reason}): --run.no-cuda-graphs does without"
+                ) from error
             self._recorded[key] = graph, inputs, output
             return result
         graph, inputs, output = self._recorded[key]

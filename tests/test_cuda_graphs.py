@@ -45,3 +45,9 @@ def test_replays_give_the_losses_and_gradients_of_the_function_on_other_tokens_a
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn(parameter.shape, device=device, generator=generator), alpha=0.02)
+
+
+def test_what_waits_for_the_gpu_is_refused_with_what_to_do() -> None:
+    one = torch.ones((), device="cuda")
+    with pytest.raises(RuntimeError, match="cannot be recorded.*--run.no-cuda-graphs"):
+        CudaGraphs(one.device)("any", lambda x: x * x.item(), one)
