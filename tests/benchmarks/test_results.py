@@ -52,18 +52,21 @@ def gpu_sh(inputs: Path, out: Path, python: str) -> tuple[subprocess.CompletedPr
     return result, json.loads(file.read_text())
 
 
+def python_that(folder: Path, does: str) -> str:
+    """A program in the place of Python that does something else, but for what gpu.sh itself asks of Python."""
+    program = folder / "python"
+    own = f'case "$*" in *benchmarks.results*|-c*) exec "{sys.executable}" "$@";; esac'
+    program.write_text(f"#!/bin/sh\n{own}\n{does}\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    return str(program)
+
+
 @pytest.fixture(scope="module")
 def broken(inputs, tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], dict]:
     """What gpu.sh writes where every step in Python fails."""
     folder = tmp_path_factory.mktemp("broken")
-    python = folder / "python"
-    python.write_text(
-        "#!/bin/sh\n"
-        f'case "$*" in *benchmarks.results*|-c*) exec "{sys.executable}" "$@";; esac\n'
-        "echo '{\"half an object\"'; echo this Python is broken >&2; exit 3\n"
-    )
-    python.chmod(python.stat().st_mode | stat.S_IXUSR)
-    return gpu_sh(inputs, folder / "results", str(python))
+    python = python_that(folder, "echo '{\"half an object\"'; echo this Python is broken >&2; exit 3")
+    return gpu_sh(inputs, folder / "results", python)
 
 
 def test_steps_that_fail_stop_no_other_and_are_written_down_as_failed(broken):
@@ -123,14 +126,8 @@ def test_a_missing_archive_gets_one_clear_line(tmp_path):
 
 
 def test_told_to_end_it_writes_down_what_it_has(inputs, tmp_path):
-    python = tmp_path / "python"
-    python.write_text(
-        "#!/bin/sh\n"
-        f'case "$*" in *benchmarks.results*|-c*) exec "{sys.executable}" "$@";; *tests*) touch "{tmp_path}/there"; '
-        "exec sleep 30;; esac\n"
-    )
-    python.chmod(python.stat().st_mode | stat.S_IXUSR)
-    environment = os.environ | {"SMALL_SHAPES": "1", "PYTHON": str(python), "CUDA_VISIBLE_DEVICES": ""}
+    python = python_that(tmp_path, f'case "$*" in *tests*) touch "{tmp_path}/there"; exec sleep 30;; esac')
+    environment = os.environ | {"SMALL_SHAPES": "1", "PYTHON": python, "CUDA_VISIBLE_DEVICES": ""}
     command = ["benchmarks/gpu.sh", str(inputs), str(tmp_path / "results")]
     running = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
