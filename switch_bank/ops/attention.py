@@ -97,7 +97,7 @@ def _distance(document: Tensor) -> Tensor:
 
 
 def _flex_mask(document: Tensor, window: Tensor | int) -> BlockMask:
-    """The block mask, from what a block's first and last token say: all within the compiled forward, no sync.
+    """The block mask, from what the first token of each block sees: all within the compiled forward, no sync.
 
     What a query sees begins at one token and ends at itself, and that of later queries begins no earlier: so a mask is
     one comparison with that token, and the blocks that a block sees, or is seen by, are counted and not sorted. (To
