@@ -103,7 +103,8 @@ def _forward(x, gates, scale, bias, matrices, plan):  # type: ignore[no-untyped-
         x, own_w1, offset, gates, hidden, *rows, TOP_K=top_k, ADAPTER=scale is not None, **_sizes(PLAIN)
     )
     picks = x.new_empty(tokens * top_k, width)
-    output_rows[(blocks * triton.cdiv(width, TILE),)](hidden, w2, picks, *rows, TOP_K=top_k, **_sizes(PLAIN))
+    sizes = dict(TOP_K=top_k, **_sizes(PLAIN))
+    picks_of_rows[(blocks * triton.cdiv(width, TILE),)](hidden, w2, picks, *rows, BACKWARD=False, **sizes)
     return picks if top_k == 1 else picks.view(tokens, top_k, width).sum(dim=1), hidden
 
 
@@ -124,7 +125,8 @@ def _backward(grad, saved, plan, sums):  # type: ignore[no-untyped-def]
         TOP_K=top_k, ADAPTER=adapter, **_sizes(PLAIN),
     )  # fmt: skip
     pick_grads = x.new_empty(tokens * top_k, width)
-    input_row_gradients[(blocks * width_tiles,)](hidden_grad, own_w1, pick_grads, *rows, TOP_K=top_k, **_sizes(PLAIN))
+    sizes = dict(TOP_K=top_k, **_sizes(PLAIN))
+    picks_of_rows[(blocks * width_tiles,)](hidden_grad, own_w1, pick_grads, *rows, BACKWARD=True, **sizes)
     x_grad = pick_grads if top_k == 1 else pick_grads.view(tokens, top_k, width).sum(dim=1)
     grid, shape = (experts * width_tiles * hidden_tiles,), (plan.pick_of_row, plan.ends, tokens, width, hidden_width)
     # Of scale and bias, a sum over the columns of each tile.
@@ -281,11 +283,11 @@ def hidden_rows(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def output_rows(  # type: ignore[no-untyped-def]
-    hidden_ptr, w2_ptr, picks_ptr, pick_ptr, expert_ptr, tokens, width, hidden_width, experts,
-    TOP_K: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
+def picks_of_rows(  # type: ignore[no-untyped-def]
+    rows_ptr, w_ptr, picks_ptr, pick_ptr, expert_ptr, tokens, width, hidden_width, experts,
+    BACKWARD: tl.constexpr, TOP_K: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """W₂·hidden of the rows of a block, each written where its pick stands in [N·K, D]."""
+    """W₂·rows of the rows of a block, or W₁ᵀ·rows if BACKWARD, each written where its pick stands in [N·K, D]."""
     tiles = tl.cdiv(width, TILE)
     block = (tl.program_id(0) // tiles).to(tl.int64)
     expert = tl.load(expert_ptr + block).to(tl.int64)
@@ -294,9 +296,13 @@ def output_rows(  # type: ignore[no-untyped-def]
     row = block * TILE + tl.arange(0, TILE)
     column = (tl.program_id(0) % tiles) * TILE + tl.arange(0, TILE)
     k = tl.arange(0, STEP)
-    a = hidden_ptr + row[:, None] * hidden_width + k[None, :]
-    w = w2_ptr + expert * width * hidden_width + (column % width)[None, :] * hidden_width + k[:, None]
-    total = product(a, w, 1, hidden_width, TILE, STEP)
+    a = rows_ptr + row[:, None] * hidden_width + k[None, :]
+    if BACKWARD:
+        w = w_ptr + expert * hidden_width * width + k[:, None] * width + (column % width)[None, :]
+        total = product(a, w, width, hidden_width, TILE, STEP)
+    else:
+        w = w_ptr + expert * width * hidden_width + (column % width)[None, :] * hidden_width + k[:, None]
+        total = product(a, w, 1, hidden_width, TILE, STEP)
     pick = tl.load(pick_ptr + row).to(tl.int64)
     inside = (pick < tokens * TOP_K)[:, None] & (column < width)[None, :]
     picks = picks_ptr + pick[:, None] * width + column[None, :]
@@ -357,29 +363,6 @@ def half_of_hidden_row_gradients(  # type: ignore[no-untyped-def]
     if ADAPTER:
         tl.store(sums + column, tl.sum(total, axis=0), mask=inside)
     return part
-
-
-@triton.jit
-def input_row_gradients(  # type: ignore[no-untyped-def]
-    hidden_grad_ptr, w1_ptr, picks_ptr, pick_ptr, expert_ptr, tokens, width, hidden_width, experts,
-    TOP_K: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
-    """W₁ᵀ·gradient of the rows of a block, each written where its pick stands in [N·K, D]."""
-    tiles = tl.cdiv(width, TILE)
-    block = (tl.program_id(0) // tiles).to(tl.int64)
-    expert = tl.load(expert_ptr + block).to(tl.int64)
-    if expert == experts:
-        return
-    row = block * TILE + tl.arange(0, TILE)
-    column = (tl.program_id(0) % tiles) * TILE + tl.arange(0, TILE)
-    k = tl.arange(0, STEP)
-    a = hidden_grad_ptr + row[:, None] * hidden_width + k[None, :]
-    w = w1_ptr + expert * hidden_width * width + k[:, None] * width + (column % width)[None, :]
-    total = product(a, w, width, hidden_width, TILE, STEP)
-    pick = tl.load(pick_ptr + row).to(tl.int64)
-    inside = (pick < tokens * TOP_K)[:, None] & (column < width)[None, :]
-    picks = picks_ptr + pick[:, None] * width + column[None, :]
-    tl.store(picks, total.to(picks_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -44,10 +44,10 @@ def test_the_values_are_right_in_the_interpreter() -> None:
     ("kernel", "sizes", "options"),
     [
         ("hidden_rows", bank_triton.PLAIN, dict(ADAPTER=True)), ("hidden_rows", bank_triton.PLAIN, dict(ADAPTER=False)),
-        ("output_rows", bank_triton.PLAIN, {}),
+        ("picks_of_rows", bank_triton.PLAIN, dict(BACKWARD=False)),
         ("hidden_row_gradients", bank_triton.PLAIN, dict(ADAPTER=True)),
         ("hidden_row_gradients", bank_triton.PLAIN, dict(ADAPTER=False)),
-        ("input_row_gradients", bank_triton.PLAIN, {}),
+        ("picks_of_rows", bank_triton.PLAIN, dict(BACKWARD=True)),
         ("w1_gradients", bank_triton.GATHERED, dict(ADAPTER=True)),
         ("w1_gradients", bank_triton.GATHERED, dict(ADAPTER=False)),
         ("w2_gradients", bank_triton.GATHERED, {}),
