@@ -30,7 +30,7 @@ from torch import Tensor
 from switch_bank import audit, checkpoint, distributed, run_log, schedules, tracking
 from switch_bank.clock import TrainingClock
 from switch_bank.config import Config, ConfigError, compute_dtype, from_dict, parse, resumed
-from switch_bank.cuda_graphs import CudaGraphs
+from switch_bank.cuda_graphs import CudaGraphs, directly
 from switch_bank.data import DataError, Shards, TokenStream, validation_batches
 from switch_bank.distributed import World
 from switch_bank.generate import sample_line
@@ -116,14 +116,15 @@ def main(config: Config, world: World) -> None:
 
     # ---- model and optimizers ------------------------------------------------------------------------------------
     set_numerics(device)
-    graphs = CudaGraphs(device) if device.type == "cuda" and run.compile and run.cuda_graphs else None
+    recorded = config.records_graphs(device)
+    launch = CudaGraphs(device) if recorded else directly
     torch.manual_seed(run.seed)
     with device:
         model = SwitchBankGPT(config.model)
     if run.recompute:
         model.recompute_layers()
     backwards = data.slices_per_step // world.size // slices_together
-    gradients = distributed.Gradients(in_backward_order(model, microbatches), backwards, overlap=graphs is None)
+    gradients = distributed.Gradients(in_backward_order(model, microbatches), backwards, overlap=not recorded)
     muon, adam = build_optimizers(model, config)
     optim = config.optim
     clip = QuantileClip(parameter_groups(model)["routers"], optim.router_clip_quantile, optim.router_clip_history)
@@ -160,11 +161,7 @@ def main(config: Config, world: World) -> None:
         sums = torch.zeros((), dtype=torch.float64, device=device)  # exact, whatever the order
         variant = noise, window_of(step)
         for some in zip(*(part.split(slices_together) for part in (inputs, targets, stream.own_slices)), strict=True):
-            arguments = (*some, *states[step])
-            if graphs is None:
-                sums = sums + forward_backward(*variant, *arguments)
-            else:
-                sums = sums + graphs(variant, partial(forward_backward, *variant), *arguments)
+            sums = sums + launch(variant, partial(forward_backward, *variant), *some, *states[step])
         gradients.wait()
         loss, routing_row = distributed.summed(sums).float().tensor_split([1])
         routing = RoutingSums.from_flat(routing_row, *picks.shape)

@@ -119,9 +119,8 @@ class BankLayer:
     def shared_step(self, experts: Experts, chosen: Tensor, direction: Tensor) -> Tensor:
         """`step` as one more layer adds it to a forward that has arranged the experts already."""
         if isinstance(experts.matrices, Arranged):
-            link = torch.zeros(
-                (), device=self.device, requires_grad=True
-            )  # no gradient goes on from here to the parameters
+            # No gradient goes on from here to the parameters.
+            link = torch.zeros((), device=self.device, requires_grad=True)
             experts = experts._replace(matrices=experts.matrices._replace(link=link))
         return self._step(experts, chosen, direction)
 

@@ -34,7 +34,7 @@ from benchmarks.measure import (
 )
 from switch_bank import distributed, schedules
 from switch_bank.config import Config, ModelConfig, compute_dtype
-from switch_bank.cuda_graphs import CudaGraphs
+from switch_bank.cuda_graphs import CudaGraphs, directly
 from switch_bank.data import Shards, TokenStream, write_shard
 from switch_bank.model.features import documents_of
 from switch_bank.model.gpt import SwitchBankGPT
@@ -61,9 +61,8 @@ class TrainingStep:
         self.stream = TokenStream(
             shards, data.slice_tokens, data.slices_per_step, world.rank, world.size, world.device, microbatch_slices
         )
-        self.graphs = (
-            CudaGraphs(self.device) if self.device.type == "cuda" and run.compile and run.cuda_graphs else None
-        )
+        recorded = config.records_graphs(self.device)
+        self.launch = CudaGraphs(self.device) if recorded else directly
         torch.manual_seed(run.seed)
         with self.device:
             self.model = SwitchBankGPT(config.model)
@@ -71,7 +70,7 @@ class TrainingStep:
             self.model.recompute_layers()
         backwards = data.slices_per_step // world.size // self.slices_together
         parameters = in_backward_order(self.model, self.microbatches)
-        self.gradients = distributed.Gradients(parameters, backwards, overlap=self.graphs is None)
+        self.gradients = distributed.Gradients(parameters, backwards, overlap=not recorded)
         self.muon, self.adam = build_optimizers(self.model, config)
         routers = parameter_groups(self.model)["routers"]
         self.clip = QuantileClip(routers, config.optim.router_clip_quantile, config.optim.router_clip_history)
@@ -106,11 +105,7 @@ class TrainingStep:
         sums = torch.zeros((), dtype=torch.float64, device=self.device)
         own = (inputs, targets, self.stream.own_slices)
         for some in zip(*(part.split(self.slices_together) for part in own), strict=True):
-            arguments = (*some, *state)
-            if self.graphs is None:
-                sums = sums + self.forward_backward(*variant, *arguments)
-            else:
-                sums = sums + self.graphs(variant, partial(self.forward_backward, *variant), *arguments)
+            sums = sums + self.launch(variant, partial(self.forward_backward, *variant), *some, *state)
         self.gradients.wait()
         loss, routing_row = distributed.summed(sums).float().tensor_split([1])
         counts = RoutingSums.from_flat(routing_row, *self.picks.shape).counts

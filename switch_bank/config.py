@@ -235,6 +235,10 @@ class Config:
         # A power of two: a mean over so many of them is divided exactly.
         return slices, max(2**n for n in range(16) if own % (2**n * slices) == 0 and 2**n * slices <= limit)
 
+    def records_graphs(self, device: torch.device) -> bool:
+        """Whether forward and backward are recorded as CUDA graphs."""
+        return device.type == "cuda" and self.run.compile and self.run.cuda_graphs
+
     def check(self, world_size: int = 1) -> "Config":
         """The configuration itself, if it can run on `world_size` processes; otherwise raises ConfigError."""
         for group in ("model", "schedule", "optim", "data", "run"):

@@ -10,6 +10,11 @@ import torch
 from torch import Tensor
 
 
+def directly(key: Hashable, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """`function(*tensors)`: what stands in the place of a CudaGraphs where nothing is recorded."""
+    return function(*tensors)
+
+
 class CudaGraphs:
     """`graphs(key, function, *tensors)` is `function(*tensors)`, one tensor; from a key's second call on as a replay of
     what the first one recorded.
@@ -31,9 +36,9 @@ class CudaGraphs:
             result = function(*tensors)  # compiles all that there is to compile; a recording only records
             inputs, graph = tuple(tensor.clone() for tensor in tensors), torch.cuda.CUDAGraph()
             # Other threads, one that pins memory for batches among them, may go on meanwhile.
-            where = dict(stream=torch.cuda.current_stream(), capture_error_mode="thread_local")
+            stream = torch.cuda.current_stream()
             try:
-                with torch.cuda.graph(graph, self._pool, **where):  # type: ignore[arg-type]
+                with torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
                     output = function(*inputs)
             except RuntimeError as error:
                 reason = " ".join(str(error).split())

@@ -113,7 +113,7 @@ def _flex_mask(document: Tensor, window: Tensor | int) -> BlockMask:
     index = torch.arange(tokens, device=document.device, dtype=torch.int32)
     starts = torch.where(_begins(document), index, 0).cummax(dim=1).values
     reach = window.to(torch.int32) if isinstance(window, Tensor) else window
-    first = torch.maximum(starts, index - (reach - 1)).to(torch.int32)  # [B, T]: the first token that each one sees
+    first = torch.maximum(starts, index - (reach - 1))  # [B, T] int32: the first token that each one sees
 
     def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (k <= q) & (k >= first[b, q])
