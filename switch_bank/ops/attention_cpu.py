@@ -1,4 +1,4 @@
-"""Attention of single tokens on a CPU with AVX-512: the kernel of attention_cpu.cpp, for decoding."""
+"""Attention of single tokens on a CPU with AVX2 or AVX-512: the kernel of attention_cpu.cpp, for decoding."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 
 def takes(n: Tensor) -> bool:
     """Whether the kernel runs here, for a layer's input n [B, T, D]: a token of each stream, float32."""
-    return cpu_kernels.AVX512 and n.shape[1] == 1 and n.dtype == torch.float32 and n.device.type == "cpu"
+    return cpu_kernels.RUN and n.shape[1] == 1 and n.dtype == torch.float32 and n.device.type == "cpu"
 
 
 def attend_token(

@@ -28,7 +28,7 @@ class Adapter(NamedTuple):
 
 # Backends whose kernels sum up the gradients of the layers that share the matrices, and run as they are: no compiler
 # sees them.
-ARRANGED = ("avx512", "triton")
+ARRANGED = ("cpu", "triton")
 TRITON_INSTALLED = find_spec("triton") is not None
 FEW = 16  # tokens: fewer than any slice has, as many as are decoded together at most by gathering matrices
 MANY = 128  # tokens: the shortest slice
@@ -49,13 +49,13 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, tokens: 
         return "reference"
     if device.type == "cuda" and plain and TRITON_INSTALLED:
         return "triton"
-    return "avx512" if device.type == "cpu" and plain and dtype in bank_cpu.DTYPES else "grouped"
+    return "cpu" if device.type == "cpu" and plain and dtype in bank_cpu.DTYPES else "grouped"
 
 
 def arrange(backend: str, w1: Tensor, w2: Tensor, dtype: torch.dtype, microbatches: int | None = None) -> Arranged:
     """w1 [E, F, D] and w2 [E, D, F], float32, as one of the ARRANGED backends reads them in `dtype`, which is done once
     for all layers that share them. microbatches: see `ops.microbatches`; of "triton" there are none."""
-    if backend == "avx512":
+    if backend == "cpu":
         return bank_cpu.arrange(w1, w2, dtype, microbatches)
     from switch_bank.ops import bank_triton
 
@@ -69,7 +69,7 @@ def arranged_expert_ffn(
     """`expert_ffn` with the matrices that `arrange` has made; adapters may be per microbatch."""
     if adapter.in_down is not None:
         raise ValueError(f"backend {backend} has no LoRA adapters; take grouped")
-    if backend == "avx512":
+    if backend == "cpu":
         return bank_cpu.expert_ffn(x, matrices, adapter.scale, adapter.bias, experts, gates)
     from switch_bank.ops import bank_triton
 

@@ -1,16 +1,17 @@
-// The bank's feed-forward on a CPU with AVX-512: y = Σ_k gate_k · W2[e_k]·relu²(W1[e_k]·(scale·x + bias)).
+// The bank's feed-forward on a CPU with AVX2 or AVX-512: y = Σ_k gate_k · W2[e_k]·relu²(W1[e_k]·(scale·x + bias)).
 //
 // Rows go through in blocks of one expert each, all of a block on one core: gathered, multiplied, gated and written to
 // their place while they are in its cache. Products of rows and matrices are oneDNN's, in one thread each, by way of
 // at::native::cpublas; those of rows and rows, the gradients of the matrices, take both as they are, and are our own.
 // Cores take blocks as they get free, but no sum depends on which core took what: the same bits for any thread count.
 //
-// T is the type of the activations, float or BFloat16; sums are float. A matrix [k, n] that stands at the right of a
+// T is the type of the activations, float or, with AVX-512's products of them, BFloat16; sums are float. A matrix [k, n] that stands at the right of a
 // product lies in panels [k, PANEL], one behind the other: rows further apart would share a few lines of the cache
 // where n is a power of two. In BFloat16 a panel lies in pairs of rows, [k/2, PANEL, 2], as dot products read it.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/native/CPUBlas.h>
 #include <torch/library.h>
@@ -29,44 +30,53 @@ namespace blas = at::native::cpublas;
 
 constexpr int64_t ALIGN = 4;  // rows of a block: few enough sizes that oneDNN has compiled them all soon
 constexpr int64_t PANEL = 64;  // columns of a product: as many as oneDNN's innermost loop takes
-constexpr int64_t STRIP = 32;  // columns of a product of rows and rows: two registers
 constexpr int64_t TILE = 128;  // rows of a weight's gradient that one core sums up
 
 int64_t even(int64_t rows) { return (rows + 1) / 2 * 2; }
 
-// ---- rows of numbers, 16 at a time ---------------------------------------------------------------------------------
+// ---- rows of numbers, LANES at a time ------------------------------------------------------------------------------
 
-inline __m512 load(const float* from, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, from); }
-inline void store(float* to, __mmask16 lanes, __m512 value) { _mm512_mask_storeu_ps(to, lanes, value); }
+using Vec = at::vec::Vectorized<float>;
+constexpr int64_t LANES = Vec::size();
+// Of a product of rows and rows, a core has this many columns and rows in registers: 16 of 32, or 8 of AVX2's 16.
+constexpr int64_t STRIP = 2 * LANES, STRIP_ROWS = LANES / 2;
 
-inline __m512 load(const BFloat16* from, __mmask16 lanes) {
+inline Vec load(const float* from, int64_t count) { return Vec::loadu(from, count); }
+inline void store(float* to, int64_t count, Vec value) { value.store(to, count); }
+
+#ifdef __AVX512BF16__
+inline __mmask16 lanes(int64_t count) { return __mmask16((1u << count) - 1); }
+inline Vec load(const BFloat16* from, int64_t count) {
   __m512 value;
-  at::vec::cvtbf16_fp32(_mm256_maskz_loadu_epi16(lanes, from), value);
+  at::vec::cvtbf16_fp32(_mm256_maskz_loadu_epi16(lanes(count), from), value);
   return value;
 }
-inline void store(BFloat16* to, __mmask16 lanes, __m512 value) {
-#ifdef __AVX512BF16__
-  _mm256_mask_storeu_epi16(to, lanes, __m256i(_mm512_cvtneps_pbh(value)));
-#else
-  _mm256_mask_storeu_epi16(to, lanes, at::vec::cvtfp32_bf16(value));
-#endif
+inline void store(BFloat16* to, int64_t count, Vec value) {
+  _mm256_mask_storeu_epi16(to, lanes(count), __m256i(_mm512_cvtneps_pbh(value)));
 }
+#endif
 
 template <typename Body>
-inline void each16(int64_t count, Body body) {
+inline void each_vec(int64_t count, Body body) {
   int64_t at = 0;
-  for (; at + 16 <= count; at += 16) body(at, __mmask16(0xFFFF));
-  if (at < count) body(at, __mmask16((1u << (count - at)) - 1));
+  for (; at + LANES <= count; at += LANES) body(at, LANES);
+  if (at < count) body(at, count - at);
 }
 
 // from [rows, columns] to [columns, rows].
 void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride, int64_t rows, int64_t columns) {
   constexpr int64_t SIDE = 16;
   for (int64_t r = 0; r < rows; r += SIDE)
-    for (int64_t c = 0; c < columns; c += SIDE)
-      at::vec::transpose_mxn<float>(
-          from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride,
-          int(std::min(SIDE, rows - r)), int(std::min(SIDE, columns - c)));
+    for (int64_t c = 0; c < columns; c += SIDE) {
+      const float* tile = from + r * from_stride + c;
+      float* result = to + c * to_stride + r;
+      if (r + SIDE <= rows && c + SIDE <= columns) {
+        at::vec::transpose_mxn<float, SIDE, SIDE>(tile, from_stride, result, to_stride);
+        continue;
+      }
+      for (int64_t i = 0; i < std::min(SIDE, rows - r); ++i)
+        for (int64_t j = 0; j < std::min(SIDE, columns - c); ++j) result[j * to_stride + i] = tile[i * from_stride + j];
+    }
 }
 
 template <int64_t WIDTH = PANEL, typename Body>
@@ -77,15 +87,17 @@ inline void each_panel(int64_t columns, Body body) {
 inline void put_panel(const float* from, int64_t stride, float* to, int64_t rows, int64_t columns) {
   for (int64_t r = 0; r < rows; ++r) std::copy(from + r * stride, from + r * stride + columns, to + r * columns);
 }
+#ifdef __AVX512BF16__
 inline void put_panel(const BFloat16* from, int64_t stride, BFloat16* to, int64_t rows, int64_t columns) {
   const int64_t in_pairs = rows / 2 * 2;
   at::vec::pack_vnni2(from, to, stride, in_pairs, columns);
   if (in_pairs < rows)
-    each16(columns, [&](int64_t c, __mmask16 lanes) {
-      const __m256i row = _mm256_maskz_loadu_epi16(lanes, from + in_pairs * stride + c);
-      _mm512_mask_storeu_epi32(to + in_pairs * columns + 2 * c, lanes, _mm512_cvtepu16_epi32(row));
+    each_vec(columns, [&](int64_t c, int64_t count) {
+      const __m256i row = _mm256_maskz_loadu_epi16(lanes(count), from + in_pairs * stride + c);
+      _mm512_mask_storeu_epi32(to + in_pairs * columns + 2 * c, lanes(count), _mm512_cvtepu16_epi32(row));
     });
 }
+#endif
 
 // Rows first, first + 1, ... of a matrix [k, n], as it stands at the right of a product. from: [rows, n].
 template <int64_t WIDTH = PANEL, typename T>
@@ -107,33 +119,36 @@ void multiply(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_stride, con
 
 // Both operands lie in panels of STRIP columns, as_right<STRIP> has them, of even(rows) rows.
 
-// Sixteen numbers of float, or sixteen pairs of BFloat16, in which two rows lie together.
+// A vector of floats, or of pairs of BFloat16, in which two rows lie together.
 template <typename T>
-inline __m512 load_strip(const T* from, __mmask16 lanes) {
-  return _mm512_maskz_loadu_ps(lanes, reinterpret_cast<const float*>(from));
+inline Vec load_strip(const T* from, int64_t count) {
+  return load(reinterpret_cast<const float*>(from), count);
 }
 template <typename T>
-inline __m512 everywhere(const T* from) {
-  return _mm512_set1_ps(*reinterpret_cast<const float*>(from));
+inline Vec everywhere(const T* from) {
+  return Vec(*reinterpret_cast<const float*>(from));
 }
 template <typename T>
-inline __m512 add_products(__m512 a, __m512 b, __m512 sum) {
+inline Vec add_products(Vec a, Vec b, Vec sum) {
 #ifdef __AVX512BF16__
-  if constexpr (std::is_same_v<T, BFloat16>) return _mm512_dpbf16_ps(sum, __m512bh(a), __m512bh(b));
+  if constexpr (std::is_same_v<T, BFloat16>) return _mm512_dpbf16_ps(sum, __m512bh(__m512(a)), __m512bh(__m512(b)));
 #endif
-  return _mm512_fmadd_ps(a, b, sum);
+  return at::vec::fmadd(a, b, sum);
 }
 
-inline void add_to(float* to, __mmask16 lanes, __m512 value) {
-  store(to, lanes, _mm512_add_ps(load(to, lanes), value));
-}
-inline void add_to(double* to, __mmask16 lanes, __m512 value) {
-  const __m512d halves[] = {
+inline void add_to(float* to, int64_t count, Vec value) { store(to, count, load(to, count) + value); }
+inline void add_to(double* to, int64_t count, Vec value) {
+  using Doubles = at::vec::Vectorized<double>;
+#ifdef CPU_CAPABILITY_AVX512
+  const Doubles halves[] = {
       _mm512_cvtps_pd(_mm512_castps512_ps256(value)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(value, 1))};
-  for (int half = 0; half < 2; ++half) {
-    const __mmask8 own = __mmask8(lanes >> (8 * half));
-    const __m512d sum = _mm512_add_pd(_mm512_maskz_loadu_pd(own, to + 8 * half), halves[half]);
-    _mm512_mask_storeu_pd(to + 8 * half, own, sum);
+#else
+  const Doubles halves[] = {
+      _mm256_cvtps_pd(_mm256_castps256_ps128(value)), _mm256_cvtps_pd(_mm256_extractf128_ps(value, 1))};
+#endif
+  for (int64_t half = 0, at = 0; half < 2; ++half, at += LANES / 2) {
+    const int64_t own = std::clamp<int64_t>(count - at, 0, LANES / 2);
+    (Doubles::loadu(to + at, own) + halves[half]).store(to + at, own);
   }
 }
 
@@ -142,18 +157,15 @@ template <int M, bool WHOLE, typename T, typename Sum>
 __attribute__((noinline)) void add_tile(
     int64_t rows, const T* left, int64_t left_columns, const T* right, int64_t columns, Sum* to, int64_t to_columns) {
   constexpr int64_t TOGETHER = sizeof(float) / sizeof(T);
-  const auto lanes = [&](int64_t from) {
-    return WHOLE ? __mmask16(0xFFFF) : __mmask16((1u << std::clamp<int64_t>(columns - from, 0, 16)) - 1);
-  };
-  const __mmask16 low = lanes(0), high = lanes(16);
-  __m512 sums[M][2];
+  const int64_t low = WHOLE ? LANES : std::min(columns, LANES), high = WHOLE ? LANES : columns - low;
+  Vec sums[M][2];
 #pragma GCC unroll 16
-  for (int m = 0; m < M; ++m) sums[m][0] = sums[m][1] = _mm512_setzero_ps();
+  for (int m = 0; m < M; ++m) sums[m][0] = sums[m][1] = Vec(0.0f);
   for (int64_t r = 0; r < rows; r += TOGETHER) {
-    const __m512 a = load_strip(right, low), b = load_strip(right + 16 * TOGETHER, high);
+    const Vec a = load_strip(right, low), b = load_strip(right + low * TOGETHER, high);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
-      const __m512 one = everywhere(left + m * TOGETHER);
+      const Vec one = everywhere(left + m * TOGETHER);
       sums[m][0] = add_products<T>(one, a, sums[m][0]);
       sums[m][1] = add_products<T>(one, b, sums[m][1]);
     }
@@ -163,7 +175,7 @@ __attribute__((noinline)) void add_tile(
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
     add_to(to + m * to_columns, low, sums[m][0]);
-    add_to(to + m * to_columns + 16, high, sums[m][1]);
+    add_to(to + m * to_columns + low, high, sums[m][1]);
   }
 }
 
@@ -180,9 +192,9 @@ void add_product(
         add_tile<M, WHOLE>(rows, own_left, left_columns, own_right, columns, to + (row - begin) * n + at, n);
         row += M;
       };
-      if (std::min(end, panel + left_columns) - row < 8) tile.template operator()<1, false>();
-      else if (columns == STRIP) tile.template operator()<8, true>();
-      else tile.template operator()<8, false>();
+      if (std::min(end, panel + left_columns) - row < STRIP_ROWS) tile.template operator()<1, false>();
+      else if (columns == STRIP) tile.template operator()<STRIP_ROWS, true>();
+      else tile.template operator()<STRIP_ROWS, false>();
     }
   });
 }
@@ -345,9 +357,9 @@ struct Layer {
         continue;
       }
       const float *own_scale = scale + block.expert * width, *own_bias = bias + block.expert * width;
-      each16(width, [&](int64_t c, __mmask16 lanes) {
-        const __m512 value = load(from + c, lanes);
-        store(to + r * width + c, lanes, _mm512_fmadd_ps(value, load(own_scale + c, lanes), load(own_bias + c, lanes)));
+      each_vec(width, [&](int64_t c, int64_t count) {
+        const Vec value = load(from + c, count);
+        store(to + r * width + c, count, at::vec::fmadd(value, load(own_scale + c, count), load(own_bias + c, count)));
       });
     }
     std::fill(to + block.rows * width, to + block.padded * width, T(0));
@@ -367,9 +379,9 @@ struct PickSums {
 
   template <typename Value>
   void put(int64_t pick, Value value) {
-    each16(width, [&](int64_t c, __mmask16 lanes) {
-      if (top_k == 1) store(to + pick * width + c, lanes, value(c, lanes));
-      else store(parts.data_ptr<float>() + pick * width + c, lanes, value(c, lanes));
+    each_vec(width, [&](int64_t c, int64_t count) {
+      if (top_k == 1) store(to + pick * width + c, count, value(c, count));
+      else store(parts.data_ptr<float>() + pick * width + c, count, value(c, count));
     });
   }
 
@@ -378,11 +390,11 @@ struct PickSums {
     const int64_t tokens = parts.size(0) / top_k;
     at::parallel_for(0, tokens, 64, [&](int64_t begin, int64_t end) {
       for (int64_t token = begin; token < end; ++token)
-        each16(width, [&](int64_t c, __mmask16 lanes) {
-          __m512 sum = _mm512_setzero_ps();
+        each_vec(width, [&](int64_t c, int64_t count) {
+          Vec sum(0.0f);
           for (int64_t k = 0; k < top_k; ++k)
-            sum = _mm512_add_ps(sum, load(parts.data_ptr<float>() + (token * top_k + k) * width + c, lanes));
-          store(to + token * width + c, lanes, sum);
+            sum = sum + load(parts.data_ptr<float>() + (token * top_k + k) * width + c, count);
+          store(to + token * width + c, count, sum);
         });
     });
   }
@@ -405,17 +417,17 @@ void forward(
       multiply(block.padded, hidden, width, rows, width, w1 + block.expert * width * hidden, inner);
       T* relu = kept == nullptr ? squares : kept + block.first * hidden;
       std::fill(squares + block.rows * hidden, squares + block.padded * hidden, T(0));
-      each16(block.rows * hidden, [&](int64_t i, __mmask16 lanes) {
-        store(relu + i, lanes, _mm512_max_ps(load(inner + i, lanes), _mm512_setzero_ps()));
-        const __m512 value = load(relu + i, lanes);  // as rounded, so that the backward is of the same numbers
-        store(squares + i, lanes, _mm512_mul_ps(value, value));
+      each_vec(block.rows * hidden, [&](int64_t i, int64_t count) {
+        store(relu + i, count, at::vec::clamp_min(load(inner + i, count), Vec(0.0f)));
+        const Vec value = load(relu + i, count);  // as rounded, so that the backward is of the same numbers
+        store(squares + i, count, value * value);
       });
       multiply(block.padded, width, hidden, squares, hidden, w2 + block.expert * width * hidden, outer);
       for (int64_t r = 0; r < block.rows; ++r) {
         const int64_t pick = plan.picks[block.first + r];
-        const __m512 gate = _mm512_set1_ps(layer.gates[pick]);
-        sums.put(pick, [&](int64_t c, __mmask16 lanes) {
-          return _mm512_mul_ps(gate, load(outer + r * width + c, lanes));
+        const Vec gate(layer.gates[pick]);
+        sums.put(pick, [&](int64_t c, int64_t count) {
+          return gate * load(outer + r * width + c, count);
         });
       }
     };
@@ -472,19 +484,18 @@ struct Backward {
       for (int64_t r = 0; r < block.rows; ++r) {
         const int64_t pick = plan.picks[block.first + r];
         const T* relu = kept + (block.first + r) * hidden;
-        const __m512 gate = _mm512_set1_ps(layer.gates[pick]);
-        __m512 grad_gate = _mm512_setzero_ps();
-        each16(hidden, [&](int64_t c, __mmask16 lanes) {
-          const __m512 value = load(relu + c, lanes), grad = load(inner + r * hidden + c, lanes);
-          const __m512 square = _mm512_mul_ps(value, value);
-          store(squares + r * hidden + c, lanes, square);
-          grad_gate = _mm512_fmadd_ps(square, grad, grad_gate);
-          const __m512 slope = _mm512_add_ps(value, value);
-          store(grad_hidden + r * hidden + c, lanes, _mm512_mul_ps(_mm512_mul_ps(gate, grad), slope));
+        const Vec gate(layer.gates[pick]);
+        Vec grad_gate(0.0f);
+        each_vec(hidden, [&](int64_t c, int64_t count) {
+          const Vec value = load(relu + c, count), grad = load(inner + r * hidden + c, count);
+          const Vec square = value * value;
+          store(squares + r * hidden + c, count, square);
+          grad_gate = at::vec::fmadd(square, grad, grad_gate);
+          store(grad_hidden + r * hidden + c, count, gate * grad * (value + value));
         });
-        grad_gates[pick] = _mm512_reduce_add_ps(grad_gate);
-        each16(width, [&](int64_t c, __mmask16 lanes) {
-          store(rows + r * width + c, lanes, _mm512_mul_ps(gate, load(rows + r * width + c, lanes)));
+        grad_gates[pick] = at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return a + b; }, grad_gate);
+        each_vec(width, [&](int64_t c, int64_t count) {
+          store(rows + r * width + c, count, gate * load(rows + r * width + c, count));
         });
       }
       std::fill(grad_hidden + block.rows * hidden, grad_hidden + block.padded * hidden, T(0));
@@ -502,12 +513,12 @@ struct Backward {
         for (int64_t r = segment->first - block.first; r < segment->first - block.first + segment->rows; ++r) {
           const int64_t pick = plan.picks[block.first + r];
           const T* x = layer.x + pick / layer.top_k * width;
-          grad_x.put(pick, [&](int64_t c, __mmask16 lanes) {
-            const __m512 grad = load(outer + r * width + c, lanes);
+          grad_x.put(pick, [&](int64_t c, int64_t count) {
+            const Vec grad = load(outer + r * width + c, count);
             if (scale == nullptr) return grad;
-            store(grad_scale + c, lanes, _mm512_fmadd_ps(grad, load(x + c, lanes), load(grad_scale + c, lanes)));
-            store(grad_bias + c, lanes, _mm512_add_ps(grad, load(grad_bias + c, lanes)));
-            return _mm512_mul_ps(grad, load(scale + c, lanes));
+            store(grad_scale + c, count, at::vec::fmadd(grad, load(x + c, count), load(grad_scale + c, count)));
+            store(grad_bias + c, count, grad + load(grad_bias + c, count));
+            return grad * load(scale + c, count);
           });
         }
       }
@@ -602,8 +613,10 @@ void sum_adapter_parts(const Plan& plan, const float* parts, int64_t width, floa
 template <typename Body>
 void with_type(at::ScalarType type, Body body) {
   if (type == at::kFloat) return body(float());
-  TORCH_CHECK(type == at::kBFloat16, "the bank's CPU kernel takes float32 or bfloat16, not ", type);
-  body(BFloat16());
+#ifdef __AVX512BF16__
+  if (type == at::kBFloat16) return body(BFloat16());
+#endif
+  TORCH_CHECK(false, "the bank's kernel for CPUs takes no ", type, " on this one");
 }
 
 // w [E, R, C] float32 as it stands at the right of x·wᵀ, [E, C, R], and of x·w, [E, R, C]; both of `type`.
@@ -614,23 +627,23 @@ std::tuple<Tensor, Tensor> arrange(const Tensor& weights, at::ScalarType type) {
   Tensor straight = at::empty({experts, rows, columns}, w.options().dtype(type));
   const float* from = w.const_data_ptr<float>();
   const int64_t strips = (rows + PANEL - 1) / PANEL;
-  share(experts * strips, [&] {
-    BFloat16* rounded = of_core.fresh().take<BFloat16>(PANEL * columns);
-    return [&, rounded](int64_t task) {
-      const int64_t expert = task / strips, begin = task % strips * PANEL, count = std::min(PANEL, rows - begin);
-      const int64_t of_expert = expert * rows * columns;
-      const float* strip = from + of_expert + begin * columns;
-      if (type == at::kFloat) {
-        transpose(strip, columns, transposed.data_ptr<float>() + of_expert + begin * columns, count, count, columns);
-        as_right(strip, straight.data_ptr<float>() + of_expert, begin, count, rows, columns);
-        return;
-      }
-      each16(count * columns, [&](int64_t i, __mmask16 lanes) { store(rounded + i, lanes, load(strip + i, lanes)); });
-      as_right(rounded, straight.data_ptr<BFloat16>() + of_expert, begin, count, rows, columns);
-      // Pairs of columns become pairs of rows: a transposition of 32-bit words.
-      float* words = reinterpret_cast<float*>(transposed.data_ptr<BFloat16>() + of_expert + begin * columns);
-      transpose(reinterpret_cast<float*>(rounded), columns / 2, words, count, count, columns / 2);
-    };
+  with_type(type, [&](auto zero) {
+    using T = decltype(zero);
+    share(experts * strips, [&] {
+      T* cast = of_core.fresh().take<T>(PANEL * columns);
+      return [&, cast](int64_t task) {
+        const int64_t expert = task / strips, begin = task % strips * PANEL, own_rows = std::min(PANEL, rows - begin);
+        const int64_t of_expert = expert * rows * columns, of_strip = of_expert + begin * columns;
+        each_vec(own_rows * columns, [&](int64_t i, int64_t count) {
+          store(cast + i, count, load(from + of_strip + i, count));
+        });
+        as_right(cast, straight.data_ptr<T>() + of_expert, begin, own_rows, rows, columns);
+        // Words of 32 bits are transposed: pairs of columns of BFloat16 become pairs of rows.
+        const int64_t words = columns * int64_t(sizeof(T)) / int64_t(sizeof(float));
+        float* to = reinterpret_cast<float*>(transposed.data_ptr<T>() + of_strip);
+        transpose(reinterpret_cast<float*>(cast), words, to, own_rows, own_rows, words);
+      };
+    });
   });
   return {transposed, straight};
 }

@@ -1,4 +1,4 @@
-"""The bank's feed-forward on a CPU with AVX-512: the kernel of bank_cpu.cpp, compiled once, and its gradients."""
+"""The bank's feed-forward on a CPU with AVX2 or AVX-512: the kernel of bank_cpu.cpp, compiled once, and its gradients."""
 
 import functools
 from pathlib import Path
@@ -10,7 +10,7 @@ from switch_bank.ops import cpu_kernels
 from switch_bank.ops.arranged import Arranged, GradientSums, collect
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-DTYPES = (torch.float32,) * cpu_kernels.AVX512 + (torch.bfloat16,) * cpu_kernels.AVX512_BF16
+DTYPES = (torch.float32,) * cpu_kernels.RUN + (torch.bfloat16,) * cpu_kernels.BF16
 
 
 def arrange(w1: Tensor, w2: Tensor, dtype: torch.dtype, microbatches: int | None = None) -> Arranged:

@@ -1,4 +1,4 @@
-"""C++ kernels for CPUs with AVX-512: compiled at their first use on a machine, and kept with torch's compiled code."""
+"""C++ kernels for CPUs with AVX2 or AVX-512: compiled at their first use on a machine, and kept with torch's compiled code."""
 
 import fcntl
 import functools
@@ -16,8 +16,9 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 # Read once: compiled code may not ask.
-AVX512 = platform.system() == "Linux" and torch.backends.cpu.get_cpu_capability() == "AVX512" and COMPILER is not None
-AVX512_BF16 = AVX512 and torch.cpu._is_avx512_bf16_supported()
+CAPABILITY = torch.backends.cpu.get_cpu_capability()
+RUN = platform.system() == "Linux" and CAPABILITY in ("AVX2", "AVX512") and COMPILER is not None
+BF16 = RUN and CAPABILITY == "AVX512" and torch.cpu._is_avx512_bf16_supported()
 
 
 @functools.cache
@@ -25,9 +26,11 @@ def load(source: Path, instead: str) -> None:
     """Registers the operators of a C++ file, and compiles it before, in up to 15 s, if this version lies in no cache
     yet. Raises RuntimeError with the compiler's words, and what does `instead`, if it does not compile."""
     torch_folder = Path(torch.__file__).parent
-    flags = ["-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
-    flags += [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq")] + ["-mavx512bf16"] * AVX512_BF16
-    flags += ["-DAT_PARALLEL_OPENMP=1", "-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"]
+    flags = ["-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-mavx2", "-mfma", "-mf16c"]
+    if CAPABILITY == "AVX512":
+        flags += [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq")] + ["-mavx512bf16"] * BF16
+        flags += ["-mprefer-vector-width=512"]
+    flags += ["-DAT_PARALLEL_OPENMP=1", f"-DCPU_CAPABILITY={CAPABILITY}", f"-DCPU_CAPABILITY_{CAPABILITY}"]
     flags += [f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
     key = hashlib.sha256("\n".join([source.read_text(), torch.__version__, *flags]).encode()).hexdigest()[:16]
     library = Path(cache_dir()) / f"{source.stem}_{key}.so"
