@@ -1,4 +1,4 @@
-"""The bank's feed-forward on a CPU with AVX2 or AVX-512: the kernel of bank_cpu.cpp, compiled once, and its gradients."""
+"""The bank's feed-forward on a CPU with AVX2 or AVX-512: bank_cpu.cpp, compiled once, and its gradients."""
 
 import functools
 from pathlib import Path

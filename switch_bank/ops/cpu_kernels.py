@@ -1,4 +1,4 @@
-"""C++ kernels for CPUs with AVX2 or AVX-512: compiled at their first use on a machine, and kept with torch's compiled code."""
+"""C++ kernels for CPUs with AVX2 or AVX-512: compiled once on a machine, and kept with torch's compiled code."""
 
 import fcntl
 import functools
