@@ -130,6 +130,25 @@ def test_what_compiling_takes_is_not_in_a_gpus_peak_memory(config, world, tmp_pa
     assert prepared_with_memory(config, tmp_path, gpu)[1] == 50
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_no_step_waits_for_the_gpu(dtype, world, tmp_path):
+    """Uncompiled and not recorded, so that every operation is asked."""
+    options = ("--run.no-cuda-graphs", "--model.dtype", dtype, "--optim.muon-dtype", dtype)
+    config = parse([*TINY, *options], default_preset="nano").check()
+    step = TrainingStep(config, write_random_shard(tmp_path, 20_000, config.model), world)
+    step(0)  # what is done once may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = step(1)
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            loss.item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert loss.isfinite()
+
+
 def test_the_program_prints_one_object_whose_ratio_is_that_of_the_steps(program):
     finished = program(benchmarks.step, *TINY, "--seconds", "0", "--json")
     assert finished.exit_code == 0, finished.err
