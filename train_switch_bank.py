@@ -38,7 +38,7 @@ from switch_bank.model.gpt import SwitchBankGPT
 from switch_bank.model.router import RoutingSums
 from switch_bank.model.size import size_table
 from switch_bank.numerics import set_numerics
-from switch_bank.ops.attention import FLASH_ATTN_INSTALLED
+from switch_bank.ops.attention import FLASH_ATTN_INSTALLED, TRITON_WIDTHS, choose_backend
 from switch_bank.optim.groups import QuantileClip, build_optimizers, in_backward_order, parameter_groups, set_rates
 from switch_bank.routing_metrics import RoutingMetrics
 from switch_bank.schedules import StepState
@@ -59,10 +59,16 @@ def main(config: Config, world: World) -> None:
     if config.model.bank_backend == "triton" and device.type != "cuda":
         raise ConfigError("model.bank_backend is triton: it must be auto, reference or grouped without a CUDA GPU")
     kernel = config.model.attention_backend
-    if kernel in ("flex", "flash") and device.type != "cuda":
+    if kernel in ("flex", "triton", "flash") and device.type != "cuda":
         raise ConfigError(f"model.attention_backend is {kernel}: it must be auto, reference or sdpa without a CUDA GPU")
     if kernel == "flash" and not FLASH_ATTN_INSTALLED:
         raise ConfigError("model.attention_backend is flash: it must be auto or flex where flash-attn is not installed")
+    dtype = compute_dtype(config.model.dtype, device)
+    if kernel == "triton" and choose_backend(kernel, device, dtype, config.model.head_dim) != "triton":
+        raise ConfigError(
+            "model.attention_backend is triton: it must be auto or flex where Triton is not installed, in float64, and "
+            f"where a head's width is none of {', '.join(map(str, TRITON_WIDTHS))}"
+        )
     name = config.preset if config.model.causal else f"{config.preset}-NOT-CAUSAL"
     # torchrun --max-restarts starts all processes anew when one has died: from the last checkpoint, if there is one.
     begun = distributed.text_left()  # the folder, if an earlier attempt has begun to write there
@@ -132,7 +138,6 @@ def main(config: Config, world: World) -> None:
     seed = torch.tensor(run.seed, device=device)
     states = schedules.step_states(config, device)
     if saved is None:
-        dtype = compute_dtype(config.model.dtype, device)
         log.line(f"name: {name}\nfolder: {folder}\n{size_table(model, data.slice_tokens)}")
         backends = f"attention {model.attention_backend}, bank {model.bank_backend}"
         log.line(f"{backends}, activations {dtype}, {optim.muon} Muon in {muon.dtype}")

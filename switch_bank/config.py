@@ -82,7 +82,7 @@ class ModelConfig:
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = (
         "auto"  # of activations and matmuls; parameters are float32
     )
-    attention_backend: Literal["auto", "reference", "sdpa", "flex", "flash"] = "auto"
+    attention_backend: Literal["auto", "reference", "sdpa", "flex", "triton", "flash"] = "auto"
     bank_backend: Literal["auto", "reference", "grouped", "triton"] = "auto"  # triton: fused kernels, CUDA only
 
     @property

@@ -396,7 +396,7 @@ def test_every_attention_backend_takes_the_documents_of_batches_that_are_filled_
 ) -> None:
     config = ModelConfig(vocab_size=VOCABULARY, eod_token=eod)
     for inputs, _ in validation_batches(counting([val_tokens, 1]), val_tokens, 128, 4, 0, 1, eod, "cpu"):
-        for backend in ("reference", "flex", "flash"):
+        for backend in ("reference", "flex", "triton", "flash"):
             build_mask(backend, documents_of(inputs, config).document, 128)
 
 

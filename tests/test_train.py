@@ -250,7 +250,13 @@ def refused(option, value, device):
 
 
 @pytest.mark.parametrize(
-    "kernel", [("bank_backend", "triton"), ("attention_backend", "flex"), ("attention_backend", "flash")]
+    "kernel",
+    [
+        ("bank_backend", "triton"),
+        ("attention_backend", "flex"),
+        ("attention_backend", "triton"),
+        ("attention_backend", "flash"),
+    ],
 )
 def test_kernels_that_need_a_gpu_are_refused_without_one(kernel):
     assert refused(*kernel, "cpu").endswith(" without a CUDA GPU")
@@ -259,6 +265,11 @@ def test_kernels_that_need_a_gpu_are_refused_without_one(kernel):
 def test_flash_attn_is_refused_where_it_is_not_installed(monkeypatch):
     monkeypatch.setattr("train_switch_bank.FLASH_ATTN_INSTALLED", False)
     assert refused("attention_backend", "flash", "cuda").endswith(" where flash-attn is not installed")
+
+
+def test_attention_kernels_of_our_own_are_refused_where_triton_is_not_installed(monkeypatch):
+    monkeypatch.setattr("switch_bank.ops.attention.TRITON_INSTALLED", False)
+    assert "Triton is not installed" in refused("attention_backend", "triton", "cuda")
 
 
 def test_processes_that_do_not_divide_the_slices_are_refused(shards, tmp_path):

@@ -172,7 +172,8 @@ class SwitchBankGPT(nn.Module):
     @property
     def attention_backend(self) -> str:
         device = self.head.device
-        return choose_backend(self.config.attention_backend, device, compute_dtype(self.config.dtype, device))
+        dtype = compute_dtype(self.config.dtype, device)
+        return choose_backend(self.config.attention_backend, device, dtype, self.config.head_dim)
 
     @property
     def bank_backend(self) -> str:

@@ -1,0 +1,3 @@
+from importlib.util import find_spec
+
+TRITON_INSTALLED = find_spec("triton") is not None

@@ -4,12 +4,14 @@ A *mask* is what a backend wants to know about who sees whom; it is built once f
 """
 
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions, flex_attention
+
+from switch_bank.ops import TRITON_INSTALLED
 
 BLOCK = 128  # tokens of one side of a flex-attention block
 # Of the backward in bfloat16. On an H200 these take 0.91 of the time of torch's own choice.
@@ -18,22 +20,26 @@ FLEX_OPTIONS: FlexKernelOptions = {
     "bwd_num_stages": 2,
 }  # type: ignore[typeddict-unknown-key]  # fmt: skip
 FLASH_ATTN_INSTALLED = find_spec("flash_attn") is not None
+TRITON_WIDTHS = (16, 32, 64, 128)  # of a head
 TOKENS_PER_DOCUMENT = 32  # flash: what a slice's documents must have on average, at least
 
 
-def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend an option names. "auto" is flash-attn on CUDA for bfloat16 if it is installed, else flex; on a CPU it
-    is SDPA, but in bfloat16 the plain matmuls of "reference", which took 11 ms where masked SDPA took 26 (forward and
-    backward of a layer of `nano`). "flash" is "auto" where its kernels cannot run: a model trained with it is read on a
-    CPU, too."""
-    flash_runs = FLASH_ATTN_INSTALLED and device.type == "cuda" and dtype == torch.bfloat16
-    if name == "flash" and not flash_runs:
+def choose_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """The backend an option names. "auto" on CUDA is flash-attn for bfloat16 if it is installed, else our own kernels
+    in Triton for the widths of heads that they take, else flex; on a CPU it is SDPA, but in bfloat16 the plain matmuls
+    of "reference", which took 11 ms where masked SDPA took 26 (forward and backward of a layer of `nano`). "flash" and
+    "triton" are "auto" where their kernels cannot run: a model trained with them is read on a CPU, too."""
+    cuda = device.type == "cuda"
+    flash_runs = FLASH_ATTN_INSTALLED and cuda and dtype == torch.bfloat16
+    triton_takes_it = dtype in (torch.bfloat16, torch.float32) and head_dim in TRITON_WIDTHS
+    triton_runs = TRITON_INSTALLED and cuda and triton_takes_it
+    if name == "flash" and not flash_runs or name == "triton" and not triton_runs:
         name = "auto"
     if name != "auto":
         return name
     if device.type == "cpu":
         return "reference" if dtype == torch.bfloat16 else "sdpa"
-    return "flash" if flash_runs else "flex"
+    return "flash" if flash_runs else "triton" if triton_runs else "flex"
 
 
 def build_mask(backend: str, document: Tensor, window: Tensor | int) -> Any:
@@ -44,6 +50,8 @@ def build_mask(backend: str, document: Tensor, window: Tensor | int) -> Any:
     """
     if backend == "flash":
         return _flash_mask(document, window)
+    if backend == "triton":
+        return _spans(document, window)
     if backend == "flex":
         return _flex_mask(document, window)
     distance = _distance(document)
@@ -73,6 +81,10 @@ def attention(backend: str, query: Tensor, key: Tensor, value: Tensor, mask: Any
     `ring_mask`, which says how many keys and values there are."""
     if backend == "flash":
         return _flash_attention(query, key, value, mask, scale)
+    if backend == "triton":
+        from switch_bank.ops import attention_triton
+
+        return attention_triton.attend(query, key, value, mask.first, mask.end, scale)
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if backend == "reference":
         scores = (scale * query @ key.mT).to(torch.promote_types(query.dtype, torch.float32))
@@ -96,6 +108,33 @@ def _distance(document: Tensor) -> Tensor:
     return position[:, None] - position[None, :]
 
 
+class Spans(NamedTuple):
+    """Who sees whom, as each side sees it; neither falls along T."""
+
+    first: Tensor  # [B, T] int32: the first key that each query sees; its own is the last one
+    end: Tensor  # [B, T] int32: one past the last query that sees each key
+
+
+def _spans(document: Tensor, window: Tensor | int) -> Spans:
+    """From plain operations that all run within the compiled forward, no sync."""
+    tokens = document.shape[1]
+    index = torch.arange(tokens, device=document.device, dtype=torch.int32)
+    starts = F.pad(torch.where(_begins(document), index, tokens)[:, 1:], (0, 1), value=tokens)
+    next_start = starts.flip(1).cummin(dim=1).values.flip(1)
+    return Spans(_first_seen(document, window), torch.minimum(next_start, index + _reach(window)))
+
+
+def _first_seen(document: Tensor, window: Tensor | int) -> Tensor:
+    """[B, T] int32: the first token that each one sees."""
+    index = torch.arange(document.shape[1], device=document.device, dtype=torch.int32)
+    starts = torch.where(_begins(document), index, 0).cummax(dim=1).values
+    return torch.maximum(starts, index - (_reach(window) - 1))
+
+
+def _reach(window: Tensor | int) -> Tensor | int:
+    return window.to(torch.int32) if isinstance(window, Tensor) else window
+
+
 def _flex_mask(document: Tensor, window: Tensor | int) -> BlockMask:
     """The block mask, from what the first token of each block sees: all within the compiled forward, no sync.
 
@@ -110,17 +149,14 @@ def _flex_mask(document: Tensor, window: Tensor | int) -> BlockMask:
     tokens = document.shape[1]
     if tokens % BLOCK:
         raise ValueError(f"flex attention takes slices of a multiple of {BLOCK} tokens, not {tokens}")
-    index = torch.arange(tokens, device=document.device, dtype=torch.int32)
-    starts = torch.where(_begins(document), index, 0).cummax(dim=1).values
-    reach = window.to(torch.int32) if isinstance(window, Tensor) else window
-    first = torch.maximum(starts, index - (reach - 1))  # [B, T] int32: the first token that each one sees
+    first = _first_seen(document, window)
 
     def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (k <= q) & (k >= first[b, q])
 
     # With the dimension of heads from here on: Inductor gives one that is put in at the end a stride of 0, by which the
     # kernels would find the first slice's blocks for every slice.
-    block = index[: tokens // BLOCK]
+    block = torch.arange(tokens // BLOCK, device=document.device, dtype=torch.int32)
     first_block = first[:, None, ::BLOCK] // BLOCK  # [B, 1, blocks]
     keys = block + 1 - first_block
     queries = (first_block[..., None] <= block).sum(-2, dtype=torch.int32) - block

@@ -1,13 +1,12 @@
 """The bank's feed-forward: y = Σ_k gate_k · W₂[e_k]·relu²(W₁[e_k]·adapter_{e_k}(x)), grouped by expert."""
 
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from switch_bank.ops import bank_cpu
+from switch_bank.ops import TRITON_INSTALLED, bank_cpu
 from switch_bank.ops.arranged import Arranged
 
 
@@ -29,7 +28,6 @@ class Adapter(NamedTuple):
 # Backends whose kernels sum up the gradients of the layers that share the matrices, and run as they are: no compiler
 # sees them.
 ARRANGED = ("cpu", "triton")
-TRITON_INSTALLED = find_spec("triton") is not None
 FEW = 16  # tokens: fewer than any slice has, as many as are decoded together at most by gathering matrices
 MANY = 128  # tokens: the shortest slice
 

@@ -4,14 +4,14 @@ Muon replaces a gradient by (nearly) its polar factor; this is that step alone, 
 """
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from switch_bank.ops import TRITON_INSTALLED
+
 Variant = Literal["turbo", "plain"]
-TRITON_INSTALLED = find_spec("triton") is not None
 
 # (a, b, c) of X <- aX + b(XX^T)X + c(XX^T)^2 X, one triple an iteration.
 POLYNOMIALS: dict[Variant, tuple[tuple[float, float, float], ...]] = {

@@ -60,13 +60,13 @@ def test_a_prediction_takes_any_number_of_tokens_and_depends_on_none_to_come(con
         torch.testing.assert_close(model.predict(tokens[:, :length]), logits[:, :length], atol=1e-5, rtol=0)
 
 
-def test_a_model_of_flash_attn_is_read_on_a_cpu(config_of, model_of, tmp_path):
+def test_a_model_of_kernels_for_a_gpu_is_read_on_a_cpu(config_of, model_of, tmp_path):
     predictions, tokens = [], torch.arange(97)[None]
-    for backend in ("flash", "reference"):
+    for backend in ("flash", "triton", "reference"):
         config = config_of(attention_backend=backend, dtype="bfloat16")
         write_folder(tmp_path, config, model_of(config).state_dict(), STEP)
         predictions.append(SwitchBankGPT.from_folder(tmp_path).predict(tokens))
-    assert torch.equal(*predictions)
+    assert torch.equal(*predictions[:2]) and torch.equal(*predictions[1:])
 
 
 def test_a_model_that_was_never_trained_predicts_nothing(config_of):

@@ -15,6 +15,7 @@ from switch_bank.ops.attention import BLOCK, _flash_mask, attention, build_mask,
 SCALE = 0.12
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 needs_flash = pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="flash-attn is not installed")
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 # flex_attention without torch.compile warns that it is slow; here it is only asked for its values.
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
@@ -171,11 +172,57 @@ def test_flash_is_for_bfloat16_on_cuda_where_it_is_installed_and_else_what_auto_
     cpu, cuda, float32, bfloat16 = torch.device("cpu"), torch.device("cuda"), torch.float32, torch.bfloat16
     for name in ("flash", "auto"):
         monkeypatch.setattr(ops, "FLASH_ATTN_INSTALLED", True)
-        assert choose_backend(name, cuda, bfloat16) == "flash"
-        assert choose_backend(name, cuda, float32) == "flex"
-        assert (choose_backend(name, cpu, float32), choose_backend(name, cpu, bfloat16)) == ("sdpa", "reference")
+        assert choose_backend(name, cuda, bfloat16, 80) == "flash"
+        assert choose_backend(name, cuda, float32, 80) == "flex"
+        assert (choose_backend(name, cpu, float32, 64), choose_backend(name, cpu, bfloat16, 64)) == (
+            "sdpa",
+            "reference",
+        )
         monkeypatch.setattr(ops, "FLASH_ATTN_INSTALLED", False)
-        assert choose_backend(name, cuda, bfloat16) == "flex"
+        assert choose_backend(name, cuda, bfloat16, 80) == "flex"
+
+
+def test_our_kernels_are_for_cuda_where_triton_is_and_takes_the_heads_and_else_triton_is_what_auto_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cpu, cuda, float32, bfloat16 = torch.device("cpu"), torch.device("cuda"), torch.float32, torch.bfloat16
+    monkeypatch.setattr(ops, "FLASH_ATTN_INSTALLED", False)
+    for name in ("triton", "auto"):
+        monkeypatch.setattr(ops, "TRITON_INSTALLED", True)
+        for width in (16, 32, 64, 128):
+            assert choose_backend(name, cuda, bfloat16, width) == choose_backend(name, cuda, float32, width) == "triton"
+        for width in (8, 80, 96, 256):
+            assert choose_backend(name, cuda, bfloat16, width) == "flex"
+        assert choose_backend(name, cuda, torch.float64, 64) == "flex"
+        assert (choose_backend(name, cpu, float32, 64), choose_backend(name, cpu, bfloat16, 64)) == (
+            "sdpa",
+            "reference",
+        )
+        monkeypatch.setattr(ops, "TRITON_INSTALLED", False)
+        assert choose_backend(name, cuda, bfloat16, 128) == "flex"
+    monkeypatch.setattr(ops, "TRITON_INSTALLED", True)
+    assert choose_backend("flex", cuda, bfloat16, 128) == "flex"
+    monkeypatch.setattr(ops, "FLASH_ATTN_INSTALLED", True)
+    assert choose_backend("triton", cuda, bfloat16, 128) == "triton"
+    assert choose_backend("auto", cuda, bfloat16, 128) == "flash"
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    seed=st.integers(0, 1000), tokens=st.sampled_from([1, 7, 64, 100]),
+    mean_length=st.sampled_from([1.5, 20.0, 1000.0]), window=st.integers(1, 120), as_tensor=st.booleans(),
+)  # fmt: skip
+def test_spans_say_who_sees_whom_from_either_side(
+    seed: int, tokens: int, mean_length: float, window: int, as_tensor: bool
+) -> None:
+    document, index = random_documents(2, tokens, mean_length, seed), torch.arange(tokens)
+    spans = build_mask("triton", document, torch.tensor(float(window)) if as_tensor else window)
+    seen = visible(document, window)
+    query, key = index[:, None], index[None, :]
+    assert torch.equal((key >= spans.first[..., None]) & (key <= query), seen)
+    assert torch.equal((query >= key) & (query < spans.end[:, None]), seen)
+    for side in spans:
+        assert side.dtype == torch.int32 and side.shape == document.shape and (side.diff(dim=1) >= 0).all()
 
 
 @pytest.mark.slow
@@ -195,7 +242,11 @@ def test_compiled_flex_on_a_cpu_gives_the_values_of_the_reference() -> None:
 
 @pytest.mark.parametrize(
     "backend",
-    [pytest.param("flex", marks=gpu), pytest.param("flash", marks=[*gpu, needs_flash])],
+    [
+        pytest.param("flex", marks=gpu),
+        pytest.param("triton", marks=[*gpu, needs_triton]),
+        pytest.param("flash", marks=[*gpu, needs_flash]),
+    ],
 )
 @pytest.mark.parametrize("window", [BLOCK, 300])
 def test_compiled_backends_on_a_gpu_give_the_values_and_gradients_of_the_reference(backend: str, window: int) -> None:

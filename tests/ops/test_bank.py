@@ -7,11 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from switch_bank.ops import bank_cpu
+from switch_bank.ops import TRITON_INSTALLED, bank_cpu
 from switch_bank.ops.bank import (
     ALIGN,
     FEW,
-    TRITON_INSTALLED,
     Adapter,
     _opaque_grouped_mm,
     choose_backend,
