@@ -13,18 +13,20 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-# Tiles and launch of each kernel in bfloat16, measured on an H200.
-FORWARD = dict(QUERIES=128, KEYS=64, num_warps=8, num_stages=3)
-QUERY_GRADIENTS = dict(QUERIES=128, KEYS=64, num_warps=8, num_stages=2)
-KEY_GRADIENTS = dict(QUERIES=64, KEYS=128, num_warps=8, num_stages=2)
+# Tiles and launch of each kernel in bfloat16. With these, a Hopper multiprocessor has registers and shared memory for
+# two programs at a time, so that one multiplies while the other has its exponentials to do.
+FORWARD = dict(QUERIES=128, KEYS=64, num_warps=8, num_stages=2, maxnreg=128)
+QUERY_GRADIENTS = dict(QUERIES=64, KEYS=64, num_warps=4, num_stages=2)
+KEY_GRADIENTS = dict(QUERIES=64, KEYS=64, num_warps=4, num_stages=2)
 FLOAT32_TILE = 32  # of either side: float32 is multiplied without tensor cores, from registers
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, first: Tensor, end: Tensor, scale: float) -> Tensor:
-    """query, key, value: [B, T, H, d], bfloat16 or float32, of any strides with a last one of 1 (others are copied); d
-    is a power of two from 16 to 128, T any; first, end: [B, T] int32; scale > 0. Returns [B, T, H, d], contiguous;
-    sums are float32."""
+    """query, key, value: [B, T, H, d], bfloat16 or float32; of any strides that are multiples of 16 bytes, and 1 for
+    the last one (others are copied); d is a power of two from 16 to 128, T any. first, end: [B, T] int32. scale > 0.
+    Returns [B, T, H, d], contiguous; sums are float32."""
     return forward(query, key, value, first, end, scale)[0]
 
 
@@ -34,11 +36,11 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """What `attend` returns, and log2 Σ exp(score) of each query, [B, H, T] float32, for the backward."""
     out, logsumexp = _outputs(query, key, value, first, end, scale)
-    query, key, value = (_unit_stride(x) for x in (query, key, value))
     sizes = _sizes(FORWARD, query.dtype)
-    attend_queries[_grid(query, sizes["QUERIES"])](
-        query, key, value, first.contiguous(), out, logsumexp, *query.shape[1:3], scale * math.log2(math.e),
-        *_strides(query, key, value), **_constants(query, sizes),
+    queries, keys = sizes["QUERIES"], sizes["KEYS"]
+    attend_queries[_grid(query, queries)](
+        _by_head(query, queries), _by_head(key, keys), _by_head(value, keys), first.contiguous(),
+        _by_head(out, queries), logsumexp, *_numbers(query, scale), **sizes,
     )  # fmt: skip
     return out, logsumexp
 
@@ -58,19 +60,21 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of query, key and value from that of out, contiguous."""
     gradients = _gradients(grad, query, key, value, out, logsumexp, first, end, scale)
-    query, key, value, grad, out = (_unit_stride(x) for x in (query, key, value, grad, out))
-    strides = _strides(query, key, value, grad)
-    delta = torch.empty_like(logsumexp)
-    numbers = *query.shape[1:3], scale * math.log2(math.e), scale
+    query_grad, key_grad, value_grad = gradients
+    delta, numbers = torch.empty_like(logsumexp), _numbers(query, scale)
     sizes = _sizes(QUERY_GRADIENTS, query.dtype)
-    query_gradients[_grid(query, sizes["QUERIES"])](
-        query, key, value, grad, first.contiguous(), out, logsumexp, delta, gradients[0], *numbers,
-        *strides, *_strides(out), **_constants(query, sizes),
+    queries, keys = sizes["QUERIES"], sizes["KEYS"]
+    query_gradients[_grid(query, queries)](
+        _by_head(query, queries), _by_head(key, keys), _by_head(value, keys), _by_head(grad, queries),
+        first.contiguous(), _by_head(out, queries), logsumexp, delta, _by_head(query_grad, queries), *numbers, scale,
+        **sizes,
     )  # fmt: skip
     sizes = _sizes(KEY_GRADIENTS, query.dtype)
-    key_gradients[_grid(query, sizes["KEYS"])](
-        query, key, value, grad, end.contiguous(), logsumexp, delta, *gradients[1:], *numbers,
-        *strides, **_constants(query, sizes),
+    queries, keys = sizes["QUERIES"], sizes["KEYS"]
+    key_gradients[_grid(query, keys)](
+        _by_head(query, queries), _by_head(key, keys), _by_head(value, keys), _by_head(grad, queries),
+        end.contiguous(), logsumexp, delta, _by_head(key_grad, keys), _by_head(value_grad, keys), *numbers, scale,
+        **sizes,
     )  # fmt: skip
     return gradients
 
@@ -86,7 +90,7 @@ def _gradients(
 def _save_for_backward(ctx, inputs, output):  # type: ignore[no-untyped-def]
     *tensors, ctx.scale = inputs
     ctx.save_for_backward(*tensors, *output)
-    ctx.set_materialize_grads(False)  # nobody asks for one of the sums
+    ctx.set_materialize_grads(False)  # nobody asks for that of logsumexp
 
 
 def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
@@ -98,75 +102,71 @@ def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
 forward.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _strides(*tensors: Tensor) -> list[int]:
-    return [stride for x in tensors for stride in x.stride()[:3]]
+def _by_head(x: Tensor, tile: int) -> TensorDescriptor:
+    """x [B, T, H, d] as [B, H, T, d], of which kernels read and write [1, 1, tile, d] at a time: by hardware, where
+    there is such (TMA), which leaves out what lies behind T. Such hardware wants rows to begin at 16 bytes."""
+    at_16_bytes = all(place % 16 == 0 for place in (x.data_ptr(), *(n * x.element_size() for n in x.stride()[:3])))
+    if not at_16_bytes or 0 in x.stride() or x.stride(3) != 1:
+        x = x.contiguous()
+    x = x.transpose(1, 2)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, tile, x.shape[3]])
 
 
 def _grid(query: Tensor, tile: int) -> tuple[int, int]:
     return triton.cdiv(query.shape[1], tile), query.shape[0] * query.shape[2]
 
 
+def _numbers(query: Tensor, scale: float) -> tuple[int, int, float]:
+    return query.shape[1], query.shape[2], scale * math.log2(math.e)
+
+
 def _sizes(of_kernel: dict[str, int], dtype: torch.dtype) -> dict[str, int]:
     if dtype == torch.bfloat16:
         return of_kernel
     tiles = {side: min(of_kernel[side], FLOAT32_TILE) for side in ("QUERIES", "KEYS")}
-    return of_kernel | tiles | dict(num_warps=4, num_stages=1)
-
-
-def _constants(query: Tensor, sizes: dict[str, int]) -> dict[str, int]:
-    whole = query.shape[1] % max(sizes["QUERIES"], sizes["KEYS"]) == 0
-    return sizes | dict(WIDTH=query.shape[3], WHOLE=whole)
+    return dict(**tiles, num_warps=4, num_stages=1)
 
 
 @triton.jit
-def rows(start, first, tokens, token_stride, TILE: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Rows first..first + TILE of a head, [TILE, WIDTH]; where T is not WHOLE blocks, the last one for those behind
-    it."""
-    row = tl.arange(0, TILE)
-    if not WHOLE:
-        row = tl.minimum(row, tokens - 1 - first)
-    start += tl.cast(first, tl.int64) * token_stride
-    return tl.load(start + row[:, None] * token_stride + tl.arange(0, WIDTH)[None, :])
+def load_rows(tokens_desc, batch, head, start):  # type: ignore[no-untyped-def]
+    """[tile, d] of a head, from `start` on; zeros behind T."""
+    rows = tokens_desc.load([batch, head, start, 0])
+    return tl.reshape(rows, (rows.shape[2], rows.shape[3]))
 
 
 @triton.jit
-def numbers(start, first, tokens, TILE: tl.constexpr, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Like `rows`, of one number a token."""
-    row = first + tl.arange(0, TILE)
-    if not WHOLE:
-        row = tl.minimum(row, tokens - 1)
-    return tl.load(start + row)
+def store_rows(tokens_desc, batch, head, start, rows):  # type: ignore[no-untyped-def]
+    rows = tl.reshape(rows.to(tokens_desc.dtype), (1, 1, rows.shape[0], rows.shape[1]))
+    tokens_desc.store([batch, head, start, 0], rows)
+
+
+@triton.jit
+def place(tokens, heads, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of a program for each block of each head of a slice: slice, head, the block's first token and all of them, and
+    where the slice and the head begin in [B, T] and [B, H, T]."""
+    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    start = tl.program_id(0) * TILE
+    return batch, head, start, start + tl.arange(0, TILE), batch * tokens, tl.program_id(1).to(tl.int64) * tokens
 
 
 @triton.jit
 def attend_queries(  # type: ignore[no-untyped-def]
-    query_ptr, key_ptr, value_ptr, first_ptr, out_ptr, logsumexp_ptr, tokens, heads, log2_scale,
-    query_batch, query_token, query_head, key_batch, key_token, key_head, value_batch, value_token, value_head,
-    WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, WHOLE: tl.constexpr,
+    query_desc, key_desc, value_desc, first_ptr, out_desc, logsumexp_ptr, tokens, heads, log2_scale,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """out and logsumexp of a block of queries of a head. Scores are in base 2: times scale · log2 e."""
-    batch, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
-    start = tl.program_id(0) * QUERIES
-    t = start + tl.arange(0, QUERIES)
-    first_ptr += batch * tokens
-    first = numbers(first_ptr, start, tokens, QUERIES, WHOLE)
-    lowest = tl.load(first_ptr + start)
-    highest = tl.load(first_ptr + tl.minimum(start + QUERIES, tokens) - 1)
-    query_ptr += batch * query_batch + head * query_head
-    key_ptr += batch * key_batch + head * key_head
-    value_ptr += batch * value_batch + head * value_head
-    query = rows(query_ptr, start, tokens, query_token, QUERIES, WIDTH, WHOLE)
+    batch, head, start, t, of_slice, of_head = place(tokens, heads, QUERIES)
+    first = tl.load(first_ptr + of_slice + t, mask=t < tokens, other=0)
+    lowest = tl.load(first_ptr + of_slice + start)
+    highest = tl.load(first_ptr + of_slice + tl.minimum(start + QUERIES, tokens) - 1)
+    query = load_rows(query_desc, batch, head, start)
     # Finite, so that a row that has seen nothing yet stays what it is: exp2(-inf - most) is 0, exp2(most - most) is 1.
     most = tl.full((QUERIES,), -1e30, tl.float32)
     total = tl.zeros((QUERIES,), dtype=tl.float32)
-    out = tl.zeros((QUERIES, WIDTH), dtype=tl.float32)
+    out = tl.zeros((QUERIES, query.shape[1]), dtype=tl.float32)
     for begin in tl.range(lowest // KEYS * KEYS, tl.minimum(start + QUERIES, tokens), KEYS):
-        key = rows(key_ptr, begin, tokens, key_token, KEYS, WIDTH, WHOLE)
-        scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+        key, value = load_rows(key_desc, batch, head, begin), load_rows(value_desc, batch, head, begin)
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee")  # float32 stays float32, not TF32
         if (begin < highest) | (begin + KEYS - 1 > start):  # else all queries see all keys
             j = begin + tl.arange(0, KEYS)
             scores = tl.where((j[None, :] >= first[:, None]) & (j[None, :] <= t[:, None]), scores, -float("inf"))
@@ -175,49 +175,30 @@ def attend_queries(  # type: ignore[no-untyped-def]
         decay = tl.exp2(most - new_most)
         most = new_most
         total = total * decay + tl.sum(weights, axis=1)
-        out *= decay[:, None]
-        value = rows(value_ptr, begin, tokens, value_token, KEYS, WIDTH, WHOLE)
-        out = tl.dot(weights.to(value.dtype), value, out, input_precision="ieee")
-    out /= total[:, None]
-    here = ((batch * tokens + t[:, None]) * heads + head) * WIDTH + tl.arange(0, WIDTH)[None, :]
-    tl.store(out_ptr + here, out.to(out_ptr.dtype.element_ty), mask=(t < tokens)[:, None])
-    here = (batch * heads + head) * tokens + t
-    tl.store(logsumexp_ptr + here, most + tl.log2(total), mask=t < tokens)
+        out = tl.dot(weights.to(value.dtype), value, out * decay[:, None], input_precision="ieee")
+    store_rows(out_desc, batch, head, start, out / total[:, None])
+    tl.store(logsumexp_ptr + of_head + t, most + tl.log2(total), mask=t < tokens)
 
 
 @triton.jit
 def query_gradients(  # type: ignore[no-untyped-def]
-    query_ptr, key_ptr, value_ptr, grad_ptr, first_ptr, out_ptr, logsumexp_ptr, delta_ptr, query_grad_ptr,
-    tokens, heads, log2_scale, scale,
-    query_batch, query_token, query_head, key_batch, key_token, key_head, value_batch, value_token, value_head,
-    grad_batch, grad_token, grad_head, out_batch, out_token, out_head,
-    WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, WHOLE: tl.constexpr,
+    query_desc, key_desc, value_desc, grad_desc, first_ptr, out_desc, logsumexp_ptr, delta_ptr, query_grad_desc,
+    tokens, heads, log2_scale, scale, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a block of queries of a head, and for `key_gradients` delta, [B, H, T] float32: Σ grad · out of
     each query."""
-    batch, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
-    start = tl.program_id(0) * QUERIES
-    t = start + tl.arange(0, QUERIES)
-    first_ptr += batch * tokens
-    first = numbers(first_ptr, start, tokens, QUERIES, WHOLE)
-    lowest = tl.load(first_ptr + start)
-    highest = tl.load(first_ptr + tl.minimum(start + QUERIES, tokens) - 1)
-    query_ptr += batch * query_batch + head * query_head
-    key_ptr += batch * key_batch + head * key_head
-    value_ptr += batch * value_batch + head * value_head
-    grad_ptr += batch * grad_batch + head * grad_head
-    out_ptr += batch * out_batch + head * out_head
-    of_head = (batch * heads + head) * tokens
-    query = rows(query_ptr, start, tokens, query_token, QUERIES, WIDTH, WHOLE)
-    grad = rows(grad_ptr, start, tokens, grad_token, QUERIES, WIDTH, WHOLE)
-    out = rows(out_ptr, start, tokens, out_token, QUERIES, WIDTH, WHOLE)
+    batch, head, start, t, of_slice, of_head = place(tokens, heads, QUERIES)
+    first = tl.load(first_ptr + of_slice + t, mask=t < tokens, other=0)
+    lowest = tl.load(first_ptr + of_slice + start)
+    highest = tl.load(first_ptr + of_slice + tl.minimum(start + QUERIES, tokens) - 1)
+    query, grad = load_rows(query_desc, batch, head, start), load_rows(grad_desc, batch, head, start)
+    out = load_rows(out_desc, batch, head, start)
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), axis=1)
     tl.store(delta_ptr + of_head + t, delta, mask=t < tokens)
-    logsumexp = numbers(logsumexp_ptr + of_head, start, tokens, QUERIES, WHOLE)
-    query_grad = tl.zeros((QUERIES, WIDTH), dtype=tl.float32)
+    logsumexp = tl.load(logsumexp_ptr + of_head + t, mask=t < tokens, other=0.0)
+    query_grad = tl.zeros((QUERIES, query.shape[1]), dtype=tl.float32)
     for begin in tl.range(lowest // KEYS * KEYS, tl.minimum(start + QUERIES, tokens), KEYS):
-        key = rows(key_ptr, begin, tokens, key_token, KEYS, WIDTH, WHOLE)
-        value = rows(value_ptr, begin, tokens, value_token, KEYS, WIDTH, WHOLE)
+        key, value = load_rows(key_desc, batch, head, begin), load_rows(value_desc, batch, head, begin)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee")
         weights = tl.exp2(scores * log2_scale - logsumexp[:, None])
         if (begin < highest) | (begin + KEYS - 1 > start):  # else all queries see all keys
@@ -226,53 +207,36 @@ def query_gradients(  # type: ignore[no-untyped-def]
         weight_grad = tl.dot(grad, tl.trans(value), input_precision="ieee")
         score_grad = weights * (weight_grad - delta[:, None])
         query_grad = tl.dot(score_grad.to(key.dtype), key, query_grad, input_precision="ieee")
-    here = ((batch * tokens + t[:, None]) * heads + head) * WIDTH + tl.arange(0, WIDTH)[None, :]
-    query_grad *= scale
-    tl.store(query_grad_ptr + here, query_grad.to(query_grad_ptr.dtype.element_ty), mask=(t < tokens)[:, None])
+    store_rows(query_grad_desc, batch, head, start, query_grad * scale)
 
 
 @triton.jit
 def key_gradients(  # type: ignore[no-untyped-def]
-    query_ptr, key_ptr, value_ptr, grad_ptr, end_ptr, logsumexp_ptr, delta_ptr, key_grad_ptr, value_grad_ptr,
-    tokens, heads, log2_scale, scale,
-    query_batch, query_token, query_head, key_batch, key_token, key_head, value_batch, value_token, value_head,
-    grad_batch, grad_token, grad_head,
-    WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, WHOLE: tl.constexpr,
+    query_desc, key_desc, value_desc, grad_desc, end_ptr, logsumexp_ptr, delta_ptr, key_grad_desc, value_grad_desc,
+    tokens, heads, log2_scale, scale, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a block of keys of a head and of their values, from the query blocks that see it, ascending.
     Scores are [keys, queries] here: what is multiplied next needs no transposition."""
-    batch, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
-    start = tl.program_id(0) * KEYS
-    j = start + tl.arange(0, KEYS)
-    end_ptr += batch * tokens
-    end = numbers(end_ptr, start, tokens, KEYS, WHOLE)
-    lowest = tl.load(end_ptr + start)
-    highest = tl.load(end_ptr + tl.minimum(start + KEYS, tokens) - 1)
-    query_ptr += batch * query_batch + head * query_head
-    key_ptr += batch * key_batch + head * key_head
-    value_ptr += batch * value_batch + head * value_head
-    grad_ptr += batch * grad_batch + head * grad_head
-    of_head = (batch * heads + head) * tokens
-    key = rows(key_ptr, start, tokens, key_token, KEYS, WIDTH, WHOLE)
-    value = rows(value_ptr, start, tokens, value_token, KEYS, WIDTH, WHOLE)
-    key_grad = tl.zeros((KEYS, WIDTH), dtype=tl.float32)
-    value_grad = tl.zeros((KEYS, WIDTH), dtype=tl.float32)
+    batch, head, start, j, of_slice, of_head = place(tokens, heads, KEYS)
+    end = tl.load(end_ptr + of_slice + j, mask=j < tokens, other=0)
+    lowest = tl.load(end_ptr + of_slice + start)
+    highest = tl.load(end_ptr + of_slice + tl.minimum(start + KEYS, tokens) - 1)
+    key, value = load_rows(key_desc, batch, head, start), load_rows(value_desc, batch, head, start)
+    key_grad = tl.zeros((KEYS, key.shape[1]), dtype=tl.float32)
+    value_grad = tl.zeros((KEYS, key.shape[1]), dtype=tl.float32)
     for begin in tl.range(start // QUERIES * QUERIES, highest, QUERIES):
-        query = rows(query_ptr, begin, tokens, query_token, QUERIES, WIDTH, WHOLE)
-        grad = rows(grad_ptr, begin, tokens, grad_token, QUERIES, WIDTH, WHOLE)
-        logsumexp = numbers(logsumexp_ptr + of_head, begin, tokens, QUERIES, WHOLE)
-        delta = numbers(delta_ptr + of_head, begin, tokens, QUERIES, WHOLE)
+        query, grad = load_rows(query_desc, batch, head, begin), load_rows(grad_desc, batch, head, begin)
+        t = begin + tl.arange(0, QUERIES)
+        logsumexp = tl.load(logsumexp_ptr + of_head + t, mask=t < tokens, other=0.0)
         scores = tl.dot(key, tl.trans(query), input_precision="ieee")
         weights = tl.exp2(scores * log2_scale - logsumexp[None, :])
         if (begin < start + KEYS - 1) | (begin + QUERIES > lowest):  # else all queries see all keys
-            t = begin + tl.arange(0, QUERIES)
             weights = tl.where((t[None, :] >= j[:, None]) & (t[None, :] < end[:, None]), weights, 0.0)
         value_grad = tl.dot(weights.to(grad.dtype), grad, value_grad, input_precision="ieee")
         weight_grad = tl.dot(value, tl.trans(grad), input_precision="ieee")
+        # Loaded as late as can be: a thread needs many of a row of numbers, and has no register to spare.
+        delta = tl.load(delta_ptr + of_head + t, mask=t < tokens, other=0.0)
         score_grad = weights * (weight_grad - delta[None, :])
         key_grad = tl.dot(score_grad.to(query.dtype), query, key_grad, input_precision="ieee")
-    here = ((batch * tokens + j[:, None]) * heads + head) * WIDTH + tl.arange(0, WIDTH)[None, :]
-    inside = (j < tokens)[:, None]
-    key_grad *= scale
-    tl.store(key_grad_ptr + here, key_grad.to(key_grad_ptr.dtype.element_ty), mask=inside)
-    tl.store(value_grad_ptr + here, value_grad.to(value_grad_ptr.dtype.element_ty), mask=inside)
+    store_rows(key_grad_desc, batch, head, start, key_grad * scale)
+    store_rows(value_grad_desc, batch, head, start, value_grad)

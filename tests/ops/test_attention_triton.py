@@ -25,8 +25,8 @@ KERNELS = {
     "key_gradients": attention_triton.KEY_GRADIENTS,
 }  # fmt: skip
 TYPES = {
-    "first_ptr": "*i32", "end_ptr": "*i32", "logsumexp_ptr": "*fp32", "delta_ptr": "*fp32", "scale": "fp32",
-    "log2_scale": "fp32",
+    "first_ptr": "*i32", "end_ptr": "*i32", "logsumexp_ptr": "*fp32", "delta_ptr": "*fp32", "tokens": "i32",
+    "heads": "i32", "scale": "fp32", "log2_scale": "fp32",
 }  # fmt: skip
 Results = dict[str, Tensor]
 
@@ -37,21 +37,22 @@ def test_the_values_are_right_in_the_interpreter() -> None:
 
 
 @compiles
-@pytest.mark.parametrize("whole", [True, False], ids=["whole-blocks", "any-length"])
 @pytest.mark.parametrize("name", KERNELS)
-def test_a_hopper_gpu_spills_no_register(name: str, whole: bool, tmp_path: Path) -> None:
+def test_a_hopper_gpu_spills_no_register_and_runs_two_programs_a_multiprocessor(name: str, tmp_path: Path) -> None:
     kernel, sizes = getattr(attention_triton, name), KERNELS[name]
-    tiles = {side: sizes[side] for side in ("QUERIES", "KEYS")} | dict(WIDTH=128, WHOLE=whole)
+    tiles = {side: sizes[side] for side in ("QUERIES", "KEYS")}
     launch = {option: value for option, value in sizes.items() if option not in tiles}
-    types = {
-        parameter: TYPES.get(parameter, "*bf16" if parameter.endswith("_ptr") else "i32")
-        for parameter in kernel.arg_names if parameter not in tiles
-    }  # fmt: skip
+
+    def kind(parameter: str) -> str:
+        side = "KEYS" if parameter.startswith(("key", "value")) else "QUERIES"
+        return f"tensordesc<bf16[1, 1, {tiles[side]}, 128]>" if parameter.endswith("_desc") else TYPES[parameter]
+
+    types = {parameter: kind(parameter) for parameter in kernel.arg_names if parameter not in tiles}
     compiled = compile_for_hopper(kernel, tmp_path, launch, **types, **tiles)
-    print(f"{name}, {'whole blocks' if whole else 'any length'}: {compiled}")
-    assert compiled.spilled == 0 or not whole and compiled.spilled <= 128
-    assert compiled.shared <= 227 * 1024
-    assert "wgmma.mma_async" in compiled.ptx and "cp.async" in compiled.ptx
+    print(f"{name}: {compiled}")
+    assert compiled.spilled == 0 and compiled.shared <= 227 * 1024 // 2
+    assert compiled.registers * 32 * sizes["num_warps"] <= 65536 // 2
+    assert "wgmma.mma_async" in compiled.ptx and "cp.async.bulk.tensor" in compiled.ptx
 
 
 @pytest.fixture
