@@ -24,9 +24,9 @@ FLOAT32_TILE = 32  # of either side: float32 is multiplied without tensor cores,
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, first: Tensor, end: Tensor, scale: float) -> Tensor:
-    """query, key, value: [B, T, H, d], bfloat16 or float32; of any strides that are multiples of 16 bytes, and 1 for
-    the last one (others are copied); d is a power of two from 16 to 128, T any. first, end: [B, T] int32. scale > 0.
-    Returns [B, T, H, d], contiguous; sums are float32."""
+    """query, key, value: [B, T, H, d], bfloat16 or float32; strides of B and T may be any multiples of 16 bytes, and
+    what has others, or heads not side by side, is copied. d is a power of two from 16 to 128, T any. first, end: [B, T]
+    int32. scale > 0. Returns [B, T, H, d], contiguous; sums are float32."""
     return forward(query, key, value, first, end, scale)[0]
 
 
@@ -103,13 +103,13 @@ forward.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def _by_head(x: Tensor, tile: int) -> TensorDescriptor:
-    """x [B, T, H, d] as [B, H, T, d], of which kernels read and write [1, 1, tile, d] at a time: by hardware, where
-    there is such (TMA), which leaves out what lies behind T. Such hardware wants rows to begin at 16 bytes."""
-    at_16_bytes = all(place % 16 == 0 for place in (x.data_ptr(), *(n * x.element_size() for n in x.stride()[:3])))
-    if not at_16_bytes or 0 in x.stride() or x.stride(3) != 1:
+    """x [B, T, H, d] as [B, T, H·d], of which kernels read and write [1, tile, d] at a time: by hardware, where there
+    is such (TMA), which leaves out what lies behind T. Such hardware wants rows to begin at 16 bytes."""
+    width, x = x.shape[3], x.flatten(2)
+    at_16_bytes = all(place % 16 == 0 for place in (x.data_ptr(), *(n * x.element_size() for n in x.stride()[:2])))
+    if not at_16_bytes or 0 in x.stride() or x.stride(2) != 1:
         x = x.contiguous()
-    x = x.transpose(1, 2)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, tile, x.shape[3]])
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, tile, width])
 
 
 def _grid(query: Tensor, tile: int) -> tuple[int, int]:
@@ -130,14 +130,15 @@ def _sizes(of_kernel: dict[str, int], dtype: torch.dtype) -> dict[str, int]:
 @triton.jit
 def load_rows(tokens_desc, batch, head, start):  # type: ignore[no-untyped-def]
     """[tile, d] of a head, from `start` on; zeros behind T."""
-    rows = tokens_desc.load([batch, head, start, 0])
-    return tl.reshape(rows, (rows.shape[2], rows.shape[3]))
+    WIDTH: tl.constexpr = tokens_desc.block_shape[2]
+    rows = tokens_desc.load([batch, start, head * WIDTH])
+    return tl.reshape(rows, (rows.shape[1], WIDTH))
 
 
 @triton.jit
 def store_rows(tokens_desc, batch, head, start, rows):  # type: ignore[no-untyped-def]
-    rows = tl.reshape(rows.to(tokens_desc.dtype), (1, 1, rows.shape[0], rows.shape[1]))
-    tokens_desc.store([batch, head, start, 0], rows)
+    rows = tl.reshape(rows.to(tokens_desc.dtype), (1, rows.shape[0], rows.shape[1]))
+    tokens_desc.store([batch, start, head * rows.shape[2]], rows)
 
 
 @triton.jit

@@ -45,7 +45,7 @@ def test_a_hopper_gpu_spills_no_register_and_runs_two_programs_a_multiprocessor(
 
     def kind(parameter: str) -> str:
         side = "KEYS" if parameter.startswith(("key", "value")) else "QUERIES"
-        return f"tensordesc<bf16[1, 1, {tiles[side]}, 128]>" if parameter.endswith("_desc") else TYPES[parameter]
+        return f"tensordesc<bf16[1, {tiles[side]}, 128]>" if parameter.endswith("_desc") else TYPES[parameter]
 
     types = {parameter: kind(parameter) for parameter in kernel.arg_names if parameter not in tiles}
     compiled = compile_for_hopper(kernel, tmp_path, launch, **types, **tiles)
