@@ -105,10 +105,10 @@ forward.register_autograd(_backward, setup_context=_save_for_backward)
 def _by_head(x: Tensor, tile: int) -> TensorDescriptor:
     """x [B, T, H, d] as [B, T, H·d], of which kernels read and write [1, tile, d] at a time: by hardware, where there
     is such (TMA), which leaves out what lies behind T. Such hardware wants rows to begin at 16 bytes."""
-    width, x = x.shape[3], x.flatten(2)
-    at_16_bytes = all(place % 16 == 0 for place in (x.data_ptr(), *(n * x.element_size() for n in x.stride()[:2])))
-    if not at_16_bytes or 0 in x.stride() or x.stride(2) != 1:
-        x = x.contiguous()
+    width, x = x.shape[3], x.flatten(2)  # which also gives a dimension of size 1 a stride like those of others
+    steps = [n * x.element_size() for n in x.stride()[:2]]
+    if x.stride(2) != 1 or 0 in steps or any(n % 16 for n in (x.data_ptr(), *steps)):
+        x = x.clone(memory_format=torch.contiguous_format)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, tile, width])
 
 
