@@ -1,5 +1,9 @@
 """What is recorded once gives the same when it is replayed."""
 
+import re
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -47,7 +51,15 @@ def test_replays_give_the_losses_and_gradients_of_the_function_on_other_tokens_a
                 parameter.add_(torch.randn(parameter.shape, device=device, generator=generator), alpha=0.02)
 
 
+WAITS = """
+import torch
+from switch_bank.cuda_graphs import CudaGraphs
+one = torch.ones((), device="cuda")
+CudaGraphs(one.device)("any", lambda x: x * x.item(), one)
+"""
+
+
 def test_what_waits_for_the_gpu_is_refused_with_what_to_do() -> None:
-    one = torch.ones((), device="cuda")
-    with pytest.raises(RuntimeError, match="cannot be recorded.*--run.no-cuda-graphs"):
-        CudaGraphs(one.device)("any", lambda x: x * x.item(), one)
+    # In a process of its own: afterwards torch draws no more random numbers.
+    finished = subprocess.run([sys.executable, "-c", WAITS], capture_output=True, text=True)
+    assert finished.returncode == 1 and re.search("cannot be recorded.*--run.no-cuda-graphs", finished.stderr)

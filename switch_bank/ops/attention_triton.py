@@ -15,9 +15,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# Tiles and launch of each kernel in bfloat16. With these, a Hopper multiprocessor has registers and shared memory for
-# two programs at a time, so that one multiplies while the other has its exponentials to do.
-FORWARD = dict(QUERIES=128, KEYS=64, num_warps=8, num_stages=2, maxnreg=128)
+# Tiles and launch of each kernel in bfloat16, the fastest on an H200 (benchmarks/NOTES.md, 30). With these, a Hopper
+# multiprocessor has registers and shared memory for two programs at a time, so that one multiplies while the other has
+# its exponentials to do.
+FORWARD = dict(QUERIES=64, KEYS=64, num_warps=4, num_stages=3)
 QUERY_GRADIENTS = dict(QUERIES=64, KEYS=64, num_warps=4, num_stages=2)
 KEY_GRADIENTS = dict(QUERIES=64, KEYS=64, num_warps=4, num_stages=2)
 FLOAT32_TILE = 32  # of either side: float32 is multiplied without tensor cores, from registers
