@@ -174,7 +174,7 @@ class RunConfig:
     profile: bool = False  # write a trace of the 12th to 14th step into the run's folder
     compile: bool = True
     cuda_graphs: bool = True  # on a GPU, if compiled: forward and backward are recorded once and launched as one
-    tokens_per_forward: Count = 32_768  # slices go through together up to this many: record keeps 0.7 MB a token
+    tokens_per_forward: Count = 49_152  # slices go through together up to this many: record keeps 0.7 MB a token
     same_on_processes: Count = 8  # on a CPU, any number that divides this takes the same steps to the bit
     recompute: bool = False  # compute a layer's activations again in the backward instead of keeping them
     log_every: Count = 25  # steps

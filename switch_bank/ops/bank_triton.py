@@ -1,9 +1,9 @@
 """The bank's feed-forward on a GPU as a few Triton kernels: gather, W₁, relu², gate, W₂ and scatter in two of them.
 
 Matrices are cast once for all layers that share them, and each layer's backward adds their gradients to a float32 sum.
-In the forward the adapter is in the first matrix and an offset, W₁·(scale·x + bias) = (W₁·diag(scale))·x + W₁·bias, so
-that no row is read twice for it. Every kernel writes each of its values once, in one program: no atomic additions, the
-same bits each time. Imported only where there is Triton; `switch_bank.ops.bank` has the same in torch.
+The adapter is in the first matrix and an offset, W₁·(scale·x + bias) = (W₁·diag(scale))·x + W₁·bias, so that no kernel
+handles it row by row. Every kernel writes each of its values once, in one program: no atomic additions, the same bits
+each time. Imported only where there is Triton; `switch_bank.ops.bank` has the same in torch.
 """
 
 from typing import NamedTuple
@@ -104,9 +104,7 @@ def _forward(x, gates, scale, bias, matrices, plan):  # type: ignore[no-untyped-
     )
     picks = x.new_empty(tokens * top_k, width)
     sizes = dict(TOP_K=top_k, **_sizes(PLAIN))
-    picks_of_rows[(blocks * triton.cdiv(width, TILE),)](
-        hidden, w2, picks, x, x, x, *rows, BACKWARD=False, ADAPTER=False, **sizes
-    )
+    picks_of_rows[(blocks * triton.cdiv(width, TILE),)](hidden, w2, picks, *rows, BACKWARD=False, **sizes)
     return picks if top_k == 1 else picks.view(tokens, top_k, width).sum(dim=1), hidden
 
 
@@ -116,36 +114,30 @@ def _backward(grad, saved, plan, sums):  # type: ignore[no-untyped-def]
     adapter, (tokens, top_k), (experts, hidden_width, width) = scale is not None, gates.shape, w1.shape
     blocks, rows = len(plan.expert_of_block), _rows(plan, x, w1)
     width_tiles, hidden_tiles = triton.cdiv(width, TILE), triton.cdiv(hidden_width, TILE)
-    own_scale, own_bias = (scale, bias) if adapter else (x, x)
+    own_w1, _ = _with_adapter(w1, scale, bias)
     # Sums over the columns of a tile or the rows of a block, each by the one program that has them. A block of no
     # expert writes nothing.
     gate_parts = torch.empty(tokens * top_k, hidden_tiles, device=x.device)
-    block_parts = torch.empty(blocks, hidden_width + 2 * width, device=x.device)  # of Σg, scale's and bias's gradients
+    hidden_parts = torch.empty(blocks, hidden_width, device=x.device)
     hidden_grad = torch.empty_like(hidden)  # of W₁'s product
     hidden_row_gradients[(blocks * hidden_tiles,)](
-        grad, w2, gates, hidden, hidden_grad, gate_parts, block_parts, *rows,
+        grad, w2, gates, hidden, hidden_grad, gate_parts, hidden_parts, *rows,
         TOP_K=top_k, ADAPTER=adapter, **_sizes(PLAIN),
     )  # fmt: skip
     pick_grads = x.new_empty(tokens * top_k, width)
-    picks_of_rows[(blocks * width_tiles,)](
-        hidden_grad, w1, pick_grads, x, own_scale, block_parts, *rows,
-        BACKWARD=True, ADAPTER=adapter, TOP_K=top_k, **_sizes(PLAIN),
-    )  # fmt: skip
+    sizes = dict(TOP_K=top_k, **_sizes(PLAIN))
+    picks_of_rows[(blocks * width_tiles,)](hidden_grad, own_w1, pick_grads, *rows, BACKWARD=True, **sizes)
     x_grad = pick_grads if top_k == 1 else pick_grads.view(tokens, top_k, width).sum(dim=1)
-    sums_of_expert = torch.empty(experts, hidden_width + 2 * width, device=x.device)
-    if adapter:
-        columns = sums_of_expert.shape[1]
-        sum_blocks[(experts, triton.cdiv(columns, 128))](
-            block_parts, sums_of_expert, plan.ends, columns, TILE=TILE, COLUMNS=128, BLOCKS=16
-        )
-    weight_gradients[(2 * experts * width_tiles * hidden_tiles,)](
-        x, hidden_grad, w1_sums, grad, hidden, w2_sums, own_scale, own_bias, sums_of_expert,
-        plan.pick_of_row, plan.ends, tokens, width, hidden_width, experts,
-        TOP_K=top_k, ADAPTER=adapter, **_sizes(GATHERED),
+    grid, shape = (experts * width_tiles * hidden_tiles,), (plan.pick_of_row, plan.ends, tokens, width, hidden_width)
+    # Of scale and bias, a sum over the columns of each tile.
+    parts = torch.empty(2, experts, hidden_tiles, width, device=x.device)
+    w1_gradients[grid](
+        x, hidden_grad, scale if adapter else x, bias if adapter else x, hidden_parts, w1, w1_sums, parts[0], parts[1],
+        *shape, TOP_K=top_k, ADAPTER=adapter, **_sizes(GATHERED),
     )  # fmt: skip
-    _, scale_grad, bias_grad = sums_of_expert.split([hidden_width, width, width], dim=1)
-    adapter_grads = (scale_grad.to(scale.dtype), bias_grad.to(bias.dtype)) if adapter else (None, None)
-    return x_grad, gate_parts.sum(dim=-1).view_as(gates).to(gates.dtype), *adapter_grads
+    w2_gradients[grid](grad, hidden, w2_sums, *shape, TOP_K=top_k, **_sizes(GATHERED))
+    scale_grad, bias_grad = parts.sum(dim=2).to(scale.dtype) if adapter else (None, None)
+    return x_grad, gate_parts.sum(dim=-1).view_as(gates).to(gates.dtype), scale_grad, bias_grad
 
 
 def _with_adapter(w1: Tensor, scale: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -292,18 +284,17 @@ def hidden_rows(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def picks_of_rows(  # type: ignore[no-untyped-def]
-    rows_ptr, w_ptr, picks_ptr, x_ptr, scale_ptr, parts_ptr, pick_ptr, expert_ptr, tokens, width, hidden_width, experts,
-    BACKWARD: tl.constexpr, ADAPTER: tl.constexpr, TOP_K: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
+    rows_ptr, w_ptr, picks_ptr, pick_ptr, expert_ptr, tokens, width, hidden_width, experts,
+    BACKWARD: tl.constexpr, TOP_K: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """W₂·rows of the rows of a block, or W₁ᵀ·rows if BACKWARD, each written where its pick stands in [N·K, D]. With an
-    ADAPTER the latter is the gradient of scale·x + bias: times scale it is that of x, and of scale and bias the sums
-    over the block's rows are written."""
+    """W₂·rows of the rows of a block, or W₁ᵀ·rows if BACKWARD, each written where its pick stands in [N·K, D]."""
     tiles = tl.cdiv(width, TILE)
-    block, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
+    block = (tl.program_id(0) // tiles).to(tl.int64)
     expert = tl.load(expert_ptr + block).to(tl.int64)
     if expert == experts:
         return
-    row, column = block * TILE + tl.arange(0, TILE), tile * TILE + tl.arange(0, TILE)
+    row = block * TILE + tl.arange(0, TILE)
+    column = (tl.program_id(0) % tiles) * TILE + tl.arange(0, TILE)
     k = tl.arange(0, STEP)
     a = rows_ptr + row[:, None] * hidden_width + k[None, :]
     if BACKWARD:
@@ -313,39 +304,14 @@ def picks_of_rows(  # type: ignore[no-untyped-def]
         w = w_ptr + expert * width * hidden_width + (column % width)[None, :] * hidden_width + k[:, None]
         total = product(a, w, 1, hidden_width, TILE, STEP)
     pick = tl.load(pick_ptr + row).to(tl.int64)
-    if ADAPTER:
-        # A quarter of the columns at a time, for the sake of registers.
-        first, second, third, fourth = quarters(total, TILE)
-        quarter = tile * TILE + tl.arange(0, TILE // 4)
-        parts = parts_ptr + block * (hidden_width + 2 * width) + hidden_width
-        rest = pick, x_ptr, scale_ptr + expert * width, parts, picks_ptr, tokens, width
-        quarter_of_adapted_gradients(first, quarter, rest, TOP_K)
-        quarter_of_adapted_gradients(second, quarter + TILE // 4, rest, TOP_K)
-        quarter_of_adapted_gradients(third, quarter + TILE // 2, rest, TOP_K)
-        quarter_of_adapted_gradients(fourth, quarter + 3 * TILE // 4, rest, TOP_K)
-    else:
-        inside = (pick < tokens * TOP_K)[:, None] & (column < width)[None, :]
-        picks = picks_ptr + pick[:, None] * width + column[None, :]
-        tl.store(picks, total.to(picks_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def quarter_of_adapted_gradients(grad, column, rest, TOP_K: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What `picks_of_rows` makes of the gradient of scale·x + bias in some columns; zeros in rows of no pick."""
-    pick, x_ptr, scale_ptr, parts, picks_ptr, tokens, width = rest
-    inside = column < width
-    token = tl.minimum(pick // TOP_K, tokens - 1)
-    x = tl.load(x_ptr + token[:, None] * width + column[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
-    tl.store(parts + column, tl.sum(grad * x, axis=0), mask=inside)
-    tl.store(parts + width + column, tl.sum(grad, axis=0), mask=inside)
-    grad *= tl.load(scale_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    inside = (pick < tokens * TOP_K)[:, None] & (column < width)[None, :]
     picks = picks_ptr + pick[:, None] * width + column[None, :]
-    tl.store(picks, grad.to(picks_ptr.dtype.element_ty), mask=(pick < tokens * TOP_K)[:, None] & inside[None, :])
+    tl.store(picks, total.to(picks_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def hidden_row_gradients(  # type: ignore[no-untyped-def]
-    grad_ptr, w2_ptr, gates_ptr, hidden_ptr, hidden_grad_ptr, gate_parts_ptr, parts_ptr, pick_ptr, expert_ptr,
+    grad_ptr, w2_ptr, gates_ptr, hidden_ptr, hidden_grad_ptr, gate_parts_ptr, hidden_parts_ptr, pick_ptr, expert_ptr,
     tokens, width, hidden_width, experts,
     TOP_K: tl.constexpr, ADAPTER: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
@@ -371,8 +337,7 @@ def hidden_row_gradients(  # type: ignore[no-untyped-def]
     half = tile * TILE + tl.arange(0, TILE // 2)
     inverse = tl.where(gate == 0.0, 0.0, 1.0 / gate)
     factor = tl.where(gate < 0.0, -2.0, 2.0) * tl.sqrt(tl.abs(gate))
-    parts = parts_ptr + block * (hidden_width + 2 * width)
-    rest = (row, inverse, factor, hidden_ptr, hidden_grad_ptr, parts, hidden_width)
+    rest = (row, inverse, factor, hidden_ptr, hidden_grad_ptr, hidden_parts_ptr + block * hidden_width, hidden_width)
     part = half_of_hidden_row_gradients(first, half, rest, ADAPTER)
     part += half_of_hidden_row_gradients(second, half + TILE // 2, rest, ADAPTER)
     tl.store(gate_parts_ptr + pick * tiles + tile, part, mask=there)
@@ -382,15 +347,6 @@ def hidden_row_gradients(  # type: ignore[no-untyped-def]
 def halves(total, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
     """The first half of the columns of [ROWS, COLUMNS], and the second."""
     return tl.split(tl.permute(tl.reshape(total, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
-
-
-@triton.jit
-def quarters(total, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The quarters of the columns of [TILE, TILE], in order."""
-    one, other = halves(total, TILE, TILE)
-    first, second = halves(one, TILE, TILE // 2)
-    third, fourth = halves(other, TILE, TILE // 2)
-    return first, second, third, fourth
 
 
 @triton.jit
@@ -412,89 +368,116 @@ def half_of_hidden_row_gradients(  # type: ignore[no-untyped-def]
 @triton.jit
 def outer_products(  # type: ignore[no-untyped-def]
     gathered_ptr, rows_ptr, pick_ptr, first, end, d, f, tokens, width, hidden_width,
-    TOP_K: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
+    ROWS_FIRST: tl.constexpr, TOP_K: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Σ over rows first..end of gathered[token of the row] ⊗ rows[row] in columns d and f, [TILE, TILE] float32. Rows
-    of no pick hold zeros in `rows`."""
+    """Σ over rows first..end of gathered[token of the row] ⊗ rows[row] in columns d and f, [TILE, TILE] float32 of d
+    and f or, with ROWS_FIRST, of f and d. Rows of no pick hold zeros in `rows`."""
     k = tl.arange(0, STEP)
-    gathered = gathered_ptr + (d % width)[:, None]
-    rows = rows_ptr + (first.to(tl.int64) + k)[:, None] * hidden_width + (f % hidden_width)[None, :]
+    row = first.to(tl.int64) + k
+    d, f = d % width, f % hidden_width
+    if ROWS_FIRST:
+        rows = rows_ptr + f[:, None] + row[None, :] * hidden_width
+    else:
+        rows = rows_ptr + row[:, None] * hidden_width + f[None, :]
     total = tl.zeros((TILE, TILE), dtype=tl.float32)
     for start in range(first, end, STEP):
         pick = tl.load(pick_ptr + start + k).to(tl.int64)
         token = tl.minimum(pick // TOP_K, tokens - 1)
-        total = tl.dot(tl.load(gathered + token[None, :] * width), tl.load(rows), total, input_precision="ieee")
+        if ROWS_FIRST:
+            right = tl.load(gathered_ptr + token[:, None] * width + d[None, :])
+            total = tl.dot(tl.load(rows), right, total, input_precision="ieee")
+        else:
+            left = tl.load(gathered_ptr + d[:, None] + token[None, :] * width)
+            total = tl.dot(left, tl.load(rows), total, input_precision="ieee")
         rows += STEP * hidden_width
     return total
 
 
 @triton.jit
-def sum_blocks(  # type: ignore[no-untyped-def]
-    parts_ptr, sums_ptr, ends_ptr, columns, TILE: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr
-):
-    """sums [E, C] of parts [blocks, C] over the blocks of each expert."""
-    expert = tl.program_id(0)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    first = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0) // TILE
-    end = tl.load(ends_ptr + expert) // TILE
-    total = tl.zeros((COLUMNS,), dtype=tl.float32)
-    for start in range(first, end, BLOCKS):
-        block = start + tl.arange(0, BLOCKS)
-        inside = (block < end)[:, None] & (column < columns)[None, :]
-        parts = parts_ptr + block.to(tl.int64)[:, None] * columns + column[None, :]
-        total += tl.sum(tl.load(parts, mask=inside, other=0.0), axis=0)
-    tl.store(sums_ptr + expert * columns + column, total, mask=column < columns)
-
-
-@triton.jit
-def weight_gradients(  # type: ignore[no-untyped-def]
-    x_ptr, hidden_grad_ptr, w1_sums_ptr, grad_ptr, hidden_ptr, w2_sums_ptr, scale_ptr, bias_ptr, expert_sums_ptr,
-    pick_ptr, ends_ptr, tokens, width, hidden_width, experts,
-    TOP_K: tl.constexpr, ADAPTER: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
-    """Of each expert, G = Σ over its rows of x ⊗ g, g being the gradient of W₁'s product, and then Σ of grad ⊗ hidden.
-    Added to W₁'s sums [E, F, D] are scale·G + bias ⊗ Σg, and the latter to W₂'s [E, D, F]. A program a tile; in one
-    launch, so that multiprocessors wait for the last ones once."""
+def place_of_weight_gradients(ends_ptr, width, hidden_width, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of a program for each tile of each expert's matrix: expert, its first row and the end of them, and the tile among
+    those of d and of f."""
     hidden_tiles = tl.cdiv(hidden_width, TILE)
     tiles = tl.cdiv(width, TILE) * hidden_tiles
-    of_w1 = tl.program_id(0) < experts * tiles
-    expert, tile = (tl.program_id(0) // tiles % experts).to(tl.int64), tl.program_id(0) % tiles
+    expert, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     first = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
     end = tl.load(ends_ptr + expert)
-    d = (tile // hidden_tiles) * TILE + tl.arange(0, TILE)
-    f = (tile % hidden_tiles) * TILE + tl.arange(0, TILE)
-    if of_w1:
-        gathered_ptr, rows_ptr = x_ptr, hidden_grad_ptr
-    else:
-        gathered_ptr, rows_ptr = grad_ptr, hidden_ptr
-    total = outer_products(
-        gathered_ptr, rows_ptr, pick_ptr, first, end, d, f, tokens, width, hidden_width, TOP_K, TILE, STEP
-    )
-    # A quarter of the columns at a time, for the sake of registers.
-    first_quarter, second_quarter, third_quarter, fourth_quarter = quarters(total, TILE)
-    quarter = (tile % hidden_tiles) * TILE + tl.arange(0, TILE // 4)
-    w1_sums_ptr += expert * width * hidden_width
-    w2_sums_ptr += expert * width * hidden_width
-    g_ptr = expert_sums_ptr + expert * (hidden_width + 2 * width)
-    rest = of_w1, d, scale_ptr + expert * width, bias_ptr + expert * width, g_ptr, w1_sums_ptr, w2_sums_ptr
-    add_quarter(first_quarter, quarter, rest, width, hidden_width, ADAPTER)
-    add_quarter(second_quarter, quarter + TILE // 4, rest, width, hidden_width, ADAPTER)
-    add_quarter(third_quarter, quarter + TILE // 2, rest, width, hidden_width, ADAPTER)
-    add_quarter(fourth_quarter, quarter + 3 * TILE // 4, rest, width, hidden_width, ADAPTER)
+    return expert, first, end, tile // hidden_tiles, tile % hidden_tiles
 
 
 @triton.jit
-def add_quarter(total, f, rest, width, hidden_width, ADAPTER: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What `weight_gradients` does with its sum in some columns f."""
-    of_w1, d, scale_ptr, bias_ptr, g_ptr, w1_sums_ptr, w2_sums_ptr = rest
+def w1_gradients(  # type: ignore[no-untyped-def]
+    x_ptr, hidden_grad_ptr, scale_ptr, bias_ptr, hidden_parts_ptr, w1_ptr, sums_ptr, scale_parts_ptr, bias_parts_ptr,
+    pick_ptr, ends_ptr, tokens, width, hidden_width,
+    TOP_K: tl.constexpr, ADAPTER: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Of each expert, G = Σ over its rows of x ⊗ g, g being the gradient of W₁'s product. Added to sums [E, F, D] are
+    scale·G + bias ⊗ Σg; of the adapter's gradients, W₁·G and W₁·Σg, the part of each tile's columns is written."""
+    expert, first, end, d_tile, f_tile = place_of_weight_gradients(ends_ptr, width, hidden_width, TILE)
+    d, f = d_tile * TILE + tl.arange(0, TILE), f_tile * TILE + tl.arange(0, TILE)
+    total = outer_products(
+        x_ptr, hidden_grad_ptr, pick_ptr, first, end, d, f, tokens, width, hidden_width, True, TOP_K, TILE, STEP
+    )
+    g = tl.zeros((TILE,), dtype=tl.float32)
+    if ADAPTER:
+        for start in range(first // TILE, end // TILE, 8):
+            block = start + tl.arange(0, 8)
+            there = (block < end // TILE)[:, None] & (f < hidden_width)[None, :]
+            parts = hidden_parts_ptr + block.to(tl.int64)[:, None] * hidden_width + f[None, :]
+            g += tl.sum(tl.load(parts, mask=there, other=0.0), axis=0)
+    of_expert, of_parts = expert * width * hidden_width, (expert * tl.cdiv(hidden_width, TILE) + f_tile) * width
+    rest = (
+        w1_ptr + of_expert, sums_ptr + of_expert, scale_ptr + expert * width, bias_ptr + expert * width,
+        scale_parts_ptr + of_parts, bias_parts_ptr + of_parts, f, g, width, hidden_width,
+    )  # fmt: skip
+    # A quarter of the columns at a time, for the sake of registers.
+    one, other = halves(total, TILE, TILE)
+    first_quarter, second_quarter = halves(one, TILE, TILE // 2)
+    third_quarter, fourth_quarter = halves(other, TILE, TILE // 2)
+    column = d_tile * TILE + tl.arange(0, TILE // 4)
+    quarter_of_w1_gradients(first_quarter, column, rest, ADAPTER)
+    quarter_of_w1_gradients(second_quarter, column + TILE // 4, rest, ADAPTER)
+    quarter_of_w1_gradients(third_quarter, column + TILE // 2, rest, ADAPTER)
+    quarter_of_w1_gradients(fourth_quarter, column + 3 * TILE // 4, rest, ADAPTER)
+
+
+@triton.jit
+def quarter_of_w1_gradients(total, d, rest, ADAPTER: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What `w1_gradients` makes of G in some columns d."""
+    w1_ptr, sums_ptr, scale_ptr, bias_ptr, scale_parts_ptr, bias_parts_ptr, f, g, width, hidden_width = rest
+    here, inside = f[:, None] * width + d[None, :], (f < hidden_width)[:, None] & (d < width)[None, :]
+    if ADAPTER:
+        w1 = tl.load(w1_ptr + here, mask=inside, other=0.0).to(tl.float32)
+        tl.store(scale_parts_ptr + d, tl.sum(w1 * total, axis=0), mask=d < width)
+        tl.store(bias_parts_ptr + d, tl.sum(w1 * g[:, None], axis=0), mask=d < width)
+        scale = tl.load(scale_ptr + d, mask=d < width, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + d, mask=d < width, other=0.0).to(tl.float32)
+        total = total * scale[None, :] + g[:, None] * bias[None, :]
+    tl.store(sums_ptr + here, tl.load(sums_ptr + here, mask=inside, other=0.0) + total, mask=inside)
+
+
+@triton.jit
+def w2_gradients(  # type: ignore[no-untyped-def]
+    grad_ptr, hidden_ptr, sums_ptr, pick_ptr, ends_ptr, tokens, width, hidden_width,
+    TOP_K: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Of each expert, Σ over its rows of grad ⊗ hidden, added to sums [E, D, F]."""
+    expert, first, end, d_tile, f_tile = place_of_weight_gradients(ends_ptr, width, hidden_width, TILE)
+    d, f = d_tile * TILE + tl.arange(0, TILE), f_tile * TILE + tl.arange(0, TILE)
+    total = outer_products(
+        grad_ptr, hidden_ptr, pick_ptr, first, end, d, f, tokens, width, hidden_width, False, TOP_K, TILE, STEP
+    )
+    # A half of the columns at a time, for the sake of registers.
+    one, other = halves(total, TILE, TILE)
+    column = f_tile * TILE + tl.arange(0, TILE // 2)
+    sums_ptr += expert * width * hidden_width
+    add_to(sums_ptr, one, d, column, width, hidden_width)
+    add_to(sums_ptr, other, d, column + TILE // 2, width, hidden_width)
+
+
+@triton.jit
+def add_to(sums_ptr, values, d, f, width, hidden_width):  # type: ignore[no-untyped-def]
+    """Adds values to rows d and columns f of sums [D, F]."""
+    sums = sums_ptr + d[:, None] * hidden_width + f[None, :]
     inside = (d < width)[:, None] & (f < hidden_width)[None, :]
-    if of_w1:
-        if ADAPTER:
-            scale = tl.load(scale_ptr + d, mask=d < width, other=0.0).to(tl.float32)
-            bias = tl.load(bias_ptr + d, mask=d < width, other=0.0).to(tl.float32)
-            g = tl.load(g_ptr + f, mask=f < hidden_width, other=0.0)
-            total = scale[:, None] * total + bias[:, None] * g[None, :]
-        sums = w1_sums_ptr + d[:, None] + f[None, :] * width
-    else:
-        sums = w2_sums_ptr + d[:, None] * hidden_width + f[None, :]
-    tl.store(sums, tl.load(sums, mask=inside, other=0.0) + total, mask=inside)
+    tl.store(sums, tl.load(sums, mask=inside, other=0.0) + values, mask=inside)

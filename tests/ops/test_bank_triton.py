@@ -27,9 +27,9 @@ from tests.ops.triton_kernels import (
 
 TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 0.03}
 POINTERS = {
-    "pick_ptr": "*i32", "expert_ptr": "*i32", "ends_ptr": "*i32", "gate_parts_ptr": "*fp32", "w1_sums_ptr": "*fp32",
-    "w2_sums_ptr": "*fp32", "expert_sums_ptr": "*fp32", "parts_ptr": "*fp32", "offset_ptr": "*fp32",
-    "scale_ptr": "*fp32", "bias_ptr": "*fp32",
+    "pick_ptr": "*i32", "expert_ptr": "*i32", "ends_ptr": "*i32", "gate_parts_ptr": "*fp32", "sums_ptr": "*fp32",
+    "hidden_parts_ptr": "*fp32", "offset_ptr": "*fp32", "scale_ptr": "*fp32", "bias_ptr": "*fp32",
+    "scale_parts_ptr": "*fp32", "bias_parts_ptr": "*fp32",
 }  # fmt: skip
 INTEGERS = ("tokens", "width", "hidden_width", "experts")
 
@@ -44,13 +44,13 @@ def test_the_values_are_right_in_the_interpreter() -> None:
     ("kernel", "sizes", "options"),
     [
         ("hidden_rows", bank_triton.PLAIN, dict(ADAPTER=True)), ("hidden_rows", bank_triton.PLAIN, dict(ADAPTER=False)),
-        ("picks_of_rows", bank_triton.PLAIN, dict(BACKWARD=False, ADAPTER=False)),
+        ("picks_of_rows", bank_triton.PLAIN, dict(BACKWARD=False)),
         ("hidden_row_gradients", bank_triton.PLAIN, dict(ADAPTER=True)),
         ("hidden_row_gradients", bank_triton.PLAIN, dict(ADAPTER=False)),
-        ("picks_of_rows", bank_triton.PLAIN, dict(BACKWARD=True, ADAPTER=True)),
-        ("picks_of_rows", bank_triton.PLAIN, dict(BACKWARD=True, ADAPTER=False)),
-        ("weight_gradients", bank_triton.GATHERED, dict(ADAPTER=True)),
-        ("weight_gradients", bank_triton.GATHERED, dict(ADAPTER=False)),
+        ("picks_of_rows", bank_triton.PLAIN, dict(BACKWARD=True)),
+        ("w1_gradients", bank_triton.GATHERED, dict(ADAPTER=True)),
+        ("w1_gradients", bank_triton.GATHERED, dict(ADAPTER=False)),
+        ("w2_gradients", bank_triton.GATHERED, {}),
     ],
     ids=str,
 )  # fmt: skip
@@ -66,9 +66,8 @@ def test_a_hopper_gpu_spills_no_register_and_runs_two_programs_a_multiprocessor(
         **options,
     )  # fmt: skip
     print(f"{kernel} {options}: {compiled}")
-    # What is done with a product, after it, may spill some.
-    room = 300 if options == dict(BACKWARD=True, ADAPTER=True) else 60 if kernel == "weight_gradients" else 0
-    assert compiled.spilled <= room and compiled.shared <= 227 * 1024
+    # w1_gradients spills a few after its product.
+    assert compiled.spilled <= (160 if kernel == "w1_gradients" else 0) and compiled.shared <= 227 * 1024
     assert "wgmma.mma_async" in compiled.ptx and "cp.async" in compiled.ptx
     if TRITON_VERSION.startswith("3.6."):
         assert compiled.shared <= 227 * 1024 // 2 and compiled.registers <= 128
