@@ -138,7 +138,7 @@ class BankLayer:
         self.sums.backward([routing.gates, routing.probabilities], directions)
 
     def _route(self, n: Tensor, router: RouterOfLayer) -> Routing:
-        (context,) = self.routers.context_logits(n, [], (router,))
+        (context,) = self.routers.context_logits(n, [], None, (router,))
         return self.routers(router, n, context, self.state, self.active, self.noise)
 
 

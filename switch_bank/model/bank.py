@@ -76,7 +76,7 @@ class Bank(nn.Module):
         backend = self.backend(n.dtype, len(rows))
         matrices, adapter, always_on = experts
         if isinstance(matrices, Arranged):
-            y = arranged_expert_ffn(backend, rows, matrices, adapter, chosen, gates)
+            y = arranged_expert_ffn(rows, matrices, adapter, chosen, gates)
         else:
             y = expert_ffn(backend, rows, *matrices, adapter, chosen, gates)
         if always_on is not None:

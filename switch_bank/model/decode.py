@@ -50,7 +50,14 @@ def nothing_read(model: SwitchBankGPT, window: int, streams: int) -> Past:
         return Ring(keys, torch.zeros_like(keys))
 
     none = torch.zeros(streams, 1, dtype=torch.int64, device=device)
-    sums = torch.zeros(streams, 1, config.width, dtype=torch.promote_types(dtype, torch.float32), device=device)
+
+    def sums(layers: int) -> EmaSums:
+        assert model.routers is not None
+        channels = model.routers.ema_channels(layers)
+        own = torch.zeros(streams, 1, channels, dtype=torch.promote_types(dtype, torch.float32), device=device)
+        return EmaSums(own, torch.zeros_like(own))
+
+    groups = [] if model.routers is None else range(0, config.layers, config.ema_stride)
     return Past(
         # MANY: a kernel that wants the experts' matrices arranged pays for few tokens too, once they are.
         weights=model.of_layers(dtype, MANY),
@@ -58,7 +65,7 @@ def nothing_read(model: SwitchBankGPT, window: int, streams: int) -> Past:
         tokens_read=0,
         documents=Documents(document=none, position=none - 1, is_eod=none.bool(), flags=None),
         rings={layer: ring(layer) for layer in range(config.layers) if layer not in config.skip_attention},
-        sums=[EmaSums(sums.clone(), sums.clone()) for _ in range(0, config.layers, config.ema_stride)],
+        sums=[sums(min(config.ema_stride, config.layers - first)) for first in groups],
     )
 
 

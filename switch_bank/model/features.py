@@ -1,6 +1,7 @@
 """What a router sees: the token, what its document has said (EMAs), and where in the document it stands (flags)."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,8 @@ class Documents(NamedTuple):
 
 
 class EmaSums(NamedTuple):
-    """What the EMAs of one group of layers have summed up to the last token; [B, 1, D] float32 or float64 each."""
+    """What the EMAs of one group of layers have summed up to the last token; [B, 1, C] float32 or float64 each, C being
+    `Routers.ema_channels`."""
 
     forward: Tensor
     reverse: Tensor
@@ -93,19 +95,19 @@ def leaky_reverse_ema(n: Tensor, documents: Documents, decay: float, window: int
     return (1 - decay) * backward.gather(1, source[..., None].expand_as(n))
 
 
-def ema_features(n: Tensor, documents: Documents, config: ModelConfig, past: EmaSums | None = None) -> list[Tensor]:
-    """The EMAs that the configuration asks for, each like n [B, T, D], the bank input of a group's first layer. `past`,
-    the sums before these tokens, is brought up to date in place."""
+def emas_of(documents: Documents, config: ModelConfig, past: EmaSums | None = None) -> list[Callable[[Tensor], Tensor]]:
+    """The EMAs that the configuration asks for, each a linear function of a tensor [B, T, C] that gives one like it.
+    `past`, the sums before these tokens, is brought up to date in place."""
     of_forward, of_reverse = past or (None, None)
     decay, window = config.reverse_decay, config.reverse_window
-    features = []
+    emas: list[Callable[[Tensor], Tensor]] = []
     if config.forward_ema:
-        features.append(forward_ema(n, documents, config.forward_decay, of_forward))
+        emas.append(lambda x: forward_ema(x, documents, config.forward_decay, of_forward))
     if config.reverse_ema == "causal":
-        features.append(reverse_ema(n, documents, decay, window, config.reverse_normalized, of_reverse))
+        emas.append(lambda x: reverse_ema(x, documents, decay, window, config.reverse_normalized, of_reverse))
     elif config.reverse_ema == "leaky":
-        features.append(leaky_reverse_ema(n, documents, decay, window, of_reverse))
-    return features
+        emas.append(lambda x: leaky_reverse_ema(x, documents, decay, window, of_reverse))
+    return emas
 
 
 def _scan(x: Tensor, decay: float, documents: Documents, past: Tensor | None) -> Tensor:

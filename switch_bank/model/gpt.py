@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from switch_bank.config import Config, ModelConfig, compute_dtype
 from switch_bank.model.attention import Ring, attention_matrices, rms_norm, rotary_tables, self_attention
 from switch_bank.model.bank import Bank, Experts
-from switch_bank.model.features import Documents, EmaSums, documents_of, ema_features
+from switch_bank.model.features import Documents, EmaSums, documents_of, emas_of
 from switch_bank.model.folder import ModelFolderError, read_folder
 from switch_bank.model.router import RouterOfLayer, Routers, Routing, RoutingSums
 from switch_bank.ops.attention import BLOCK, build_mask, choose_backend, ring_mask
@@ -344,10 +344,8 @@ class SwitchBankGPT(nn.Module):
         """What is added to the logits that the token alone gives in each layer of a group, [B, T, E]: by bias, EMAs and
         flags. n is the bank's input of the group's first layer."""
         assert self.routers is not None
-        features = ema_features(n, group.documents, self.config, group.sums)
-        if group.documents.flags is not None:
-            features.append(group.documents.flags.to(torch.float64 if n.dtype == torch.float64 else torch.float32))
-        return self.routers.context_logits(n, features, group.routers)
+        emas = emas_of(group.documents, self.config, group.sums)
+        return self.routers.context_logits(n, emas, group.documents.flags, group.routers)
 
     def noise(self, seed: Tensor, state: StepState, slices: Tensor, tokens: int, layer: Tensor) -> Tensor:
         """The Gumbel noise of one layer's choices, [B, tokens, E]."""

@@ -1,5 +1,6 @@
 """Routers: which experts a token goes to, with what gate, and what uneven loads cost."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -82,17 +83,32 @@ class Routers(nn.Module):
         """[E] bool: the experts that may be chosen."""
         return (torch.arange(self.config.experts, device=self.pruned.device) < state.active_experts) & ~self.pruned
 
-    def context_logits(self, n: Tensor, features: list[Tensor], routers: tuple[RouterOfLayer, ...]) -> list[Tensor]:
-        """What bias, EMAs and flags, each [B, T, ·], add to the logits of several layers: one product each for all of
-        them. n: [B, T, D], the bank's input of one of the layers. Returns [B, T, E] for each layer."""
+    def ema_channels(self, layers: int) -> int:
+        """How many numbers of a token the EMAs of a group of `layers` layers run over."""
+        return min(self.config.width, layers * self.config.experts)
+
+    def context_logits(
+        self,
+        n: Tensor,
+        emas: list[Callable[[Tensor], Tensor]],
+        flags: Tensor | None,
+        routers: tuple[RouterOfLayer, ...],
+    ) -> list[Tensor]:
+        """What bias, EMAs of n [B, T, D], the bank's input of one of the layers, and flags [B, T, ·] add to the logits
+        of several layers: one product each for all of them. Returns [B, T, E] for each layer.
+
+        EMAs are linear and work token by token: before the product with the weights, or behind it, where there are
+        fewer logits than numbers in n."""
         ones = torch.ones_like(n[..., :1], dtype=torch.promote_types(n.dtype, torch.float32))
         # The bias as a product too: how a plain sum of its gradients is cut up depends on the number of threads.
         logits = linear(ones, torch.cat([router.bias for router in routers], dim=-1)[..., None].to(ones.dtype))
-        stacked, at = torch.cat([router.weight for router in routers], dim=-2), self.config.width
-        for feature in features:
-            weight = stacked[..., at : at + feature.shape[-1]]
-            logits = logits + linear(feature, weight.to(feature.dtype))
-            at += feature.shape[-1]
+        stacked, width = torch.cat([router.weight for router in routers], dim=-2), self.config.width
+        behind = self.ema_channels(len(routers)) < width
+        for i, ema in enumerate(emas, start=1):
+            weight = stacked[..., i * width : (i + 1) * width]
+            logits = logits + (ema(self._product(n, weight)) if behind else self._product(ema(n), weight))
+        if flags is not None:
+            logits = logits + self._product(flags.to(ones.dtype), stacked[..., (1 + len(emas)) * width :])
         return list(logits.split(self.config.experts, dim=-1))
 
     def forward(
@@ -106,7 +122,7 @@ class Routers(nn.Module):
     ) -> Routing:
         """n: [B, T, D], the bank's input; context: [B, T, E] of `context_logits`; noise: [B, T, E] or None."""
         config = self.config
-        logits = self._token_logits(n, router.weight[..., : config.width]) + context
+        logits = self._product(n, router.weight[..., : config.width]) + context
         noisy = logits if noise is None else logits + noise
         values = noisy / (state.temperature * router.temperature_factor)
         choice = values + router.balance_bias if config.balance == "bias" else values
@@ -121,12 +137,12 @@ class Routers(nn.Module):
             probabilities = torch.sigmoid(capped) * active
         return Routing(experts, probabilities.gather(-1, experts), probabilities, logits, capped, choice)
 
-    def _token_logits(self, n: Tensor, weight: Tensor) -> Tensor:
-        """[B, T, E]: what n itself adds, in float32 whatever the dtype of activations, or in float64."""
-        if n.is_cuda and n.dtype == torch.bfloat16:
-            return float32_linear(n, weight)
-        n = n if n.dtype == torch.float64 else n.float()
-        return linear(n, weight.to(n.dtype))
+    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x [B, T, ·] times weightᵀ, in float32 whatever the dtype of activations, or in float64."""
+        if x.is_cuda and x.dtype == torch.bfloat16:
+            return float32_linear(x, weight)
+        x = x if x.dtype == torch.float64 else x.float()
+        return linear(x, weight.to(x.dtype))
 
     def margin(self, routing: Routing) -> Tensor:
         """[B, T] float32: by how much the last pick beats the best expert that was not picked; a rounding error above

@@ -33,6 +33,7 @@ class Arranged(NamedTuple):
     """Expert matrices in the activations' dtype, as the products read them: once for all layers that share them. The
     numbers of each expert are in the order that its kernels tell."""
 
+    backend: str  # whose kernels read them
     w1: Tensor  # E experts; so have all four
     w1_backward: Tensor
     w2: Tensor
@@ -47,7 +48,8 @@ class Arranged(NamedTuple):
         own = [slice(first, first + count) for first in range(0, len(self.w1), count)]
         return [
             Arranged(
-                self.w1[some], self.w1_backward[some], self.w2[some], self.w2_backward[some], self.link, self.sums, some
+                self.backend, self.w1[some], self.w1_backward[some], self.w2[some], self.w2_backward[some], self.link,
+                self.sums, some,
             )
             for some in own
         ]  # fmt: skip

@@ -61,13 +61,11 @@ def arrange(backend: str, w1: Tensor, w2: Tensor, dtype: torch.dtype, microbatch
     return bank_triton.arrange(w1, w2, dtype)
 
 
-def arranged_expert_ffn(
-    backend: str, x: Tensor, matrices: Arranged, adapter: Adapter, experts: Tensor, gates: Tensor
-) -> Tensor:
+def arranged_expert_ffn(x: Tensor, matrices: Arranged, adapter: Adapter, experts: Tensor, gates: Tensor) -> Tensor:
     """`expert_ffn` with the matrices that `arrange` has made; adapters may be per microbatch."""
     if adapter.in_down is not None:
-        raise ValueError(f"backend {backend} has no LoRA adapters; take grouped")
-    if backend == "cpu":
+        raise ValueError(f"backend {matrices.backend} has no LoRA adapters; take grouped")
+    if matrices.backend == "cpu":
         return bank_cpu.expert_ffn(x, matrices, adapter.scale, adapter.bias, experts, gates)
     from switch_bank.ops import bank_triton
 
@@ -90,7 +88,7 @@ def expert_ffn(
     many = w1.shape[-3] > 1
     if backend in ARRANGED and many:
         matrices = arrange(backend, w1.float(), w2.float(), x.dtype)
-        return arranged_expert_ffn(backend, x, matrices, adapter, experts, gates)
+        return arranged_expert_ffn(x, matrices, adapter, experts, gates)
     gates = gates.to(x.dtype)
     if backend == "gathered" and many:
         return _gathered(x, w1, w2, adapter, experts, gates)

@@ -21,7 +21,7 @@ def arrange(w1: Tensor, w2: Tensor, dtype: torch.dtype, microbatches: int | None
     w1_forward, w1_backward = torch.ops.switch_bank.bank_arrange(w1.detach(), dtype)
     w2_forward, w2_backward = torch.ops.switch_bank.bank_arrange(w2.detach(), dtype)
     link = collect(w1, w2, sums)
-    return Arranged(w1_forward, w1_backward, w2_forward, w2_backward, link, sums, slice(0, len(w1)))
+    return Arranged("cpu", w1_forward, w1_backward, w2_forward, w2_backward, link, sums, slice(0, len(w1)))
 
 
 def expert_ffn(

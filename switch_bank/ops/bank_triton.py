@@ -28,7 +28,7 @@ def arrange(w1: Tensor, w2: Tensor, dtype: torch.dtype) -> Arranged:
     """w1: [E, F, D] and w2: [E, D, F] float32; dtype: bfloat16 or float32."""
     sums = GradientSums(w1.detach(), w2.detach(), None)
     w1_cast, w2_cast = w1.detach().to(dtype).contiguous(), w2.detach().to(dtype).contiguous()
-    return Arranged(w1_cast, w1_cast, w2_cast, w2_cast, collect(w1, w2, sums), sums, slice(0, len(w1)))
+    return Arranged("triton", w1_cast, w1_cast, w2_cast, w2_cast, collect(w1, w2, sums), sums, slice(0, len(w1)))
 
 
 def expert_ffn(

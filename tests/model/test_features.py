@@ -13,7 +13,7 @@ from switch_bank.model.features import (
     Documents,
     EmaSums,
     documents_of,
-    ema_features,
+    emas_of,
     forward_ema,
     leaky_reverse_ema,
     reverse_ema,
@@ -144,10 +144,8 @@ def test_a_document_has_the_same_features_wherever_it_stands(slice_: tuple[int, 
 
     n = hidden(packed)
     everything = ModelConfig(vocab_size=10, eod_token=EOD, forward_ema=True, reverse_ema="causal", reverse_window=50)
-    for packed_one, own_one in zip(
-        ema_features(n, among, everything), ema_features(n[:, at], alone, everything), strict=True
-    ):
-        assert_near(packed_one[:, at], own_one, 1e-12)
+    for of_packed, of_own in zip(emas_of(among, everything), emas_of(alone, everything), strict=True):
+        assert_near(of_packed(n)[:, at], of_own(n[:, at]), 1e-12)
 
 
 # EMAs
@@ -272,7 +270,7 @@ def test_piece_by_piece_documents_and_features_are_those_of_the_slice(
     )  # fmt: skip
     tokens = tokens_of(slice_)
     n, whole = hidden(tokens), documents_of(tokens, config)
-    features = ema_features(n, whole, config)
+    features = [ema(n) for ema in emas_of(whole, config)]
     none = torch.zeros(1, 1, dtype=torch.int64)
     documents, past = Documents(none, none - 1, none.bool(), None), EmaSums(*torch.zeros(2, 1, 1, 3).double())
     lengths, first = itertools.cycle(pieces), 0
@@ -283,8 +281,8 @@ def test_piece_by_piece_documents_and_features_are_those_of_the_slice(
         assert torch.equal(documents.document, whole.document[:, piece])
         assert torch.equal(documents.position, whole.position[:, piece])
         assert torch.equal(documents.flags, whole.flags[:, piece])
-        for stepped, feature in zip(ema_features(n[:, piece], documents, config, past), features, strict=True):
-            assert_near(stepped, feature[:, piece], 1e-12)
+        for ema, feature in zip(emas_of(documents, config, past), features, strict=True):
+            assert_near(ema(n[:, piece]), feature[:, piece], 1e-12)
         first = piece.stop
 
 
@@ -293,7 +291,7 @@ def test_features_come_in_the_order_the_router_reads_them() -> None:
     documents, n = documents_of(tokens, CONFIG), hidden(tokens)
 
     def features(**options: object) -> list[Tensor]:
-        return ema_features(n, documents, ModelConfig(reverse_window=7, **options))  # type: ignore[arg-type]
+        return [ema(n) for ema in emas_of(documents, ModelConfig(reverse_window=7, **options))]  # type: ignore[arg-type]
 
     forward = forward_ema(n, documents, 0.85)
     assert features(reverse_ema="off") == []

@@ -38,7 +38,7 @@ def tokens_of(batch: int = 2, tokens: int = 50, seed: int = 0) -> Tensor:
 
 def route(routers: Routers, n: Tensor, at: StepState, layer: int = 1, noise: Tensor | None = None) -> Routing:
     router = routers.of_layers()[layer]
-    (context,) = routers.context_logits(n, [], (router,))
+    (context,) = routers.context_logits(n, [], None, (router,))
     return routers(router, n, context, at, routers.active(at), noise)
 
 
@@ -375,20 +375,24 @@ def test_the_layer_shape_multiplies_the_temperature(shape: str) -> None:
         torch.testing.assert_close(routing.choice, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_context_logits_are_what_the_whole_router_input_would_give() -> None:
-    routers = routers_of(forward_ema=True, reverse_ema="causal", flags=True)
-    width = BASE.width
+@pytest.mark.parametrize("experts", [6, 9])
+def test_context_logits_are_what_the_whole_router_input_would_give(experts: int) -> None:
+    """With EMAs of n, and with EMAs of logits, where there are fewer of them."""
+    routers = routers_of(forward_ema=True, reverse_ema="causal", flags=True, experts=experts)
+    assert (routers.ema_channels(2) < BASE.width) == (experts == 6)
     generator = torch.Generator().manual_seed(3)
-    forward, reverse = (torch.randn(2, 50, width, generator=generator) for _ in range(2))
+    over_tokens = torch.randn(2, 50, 50, generator=generator) / 7
+    emas = [lambda x: over_tokens[0] @ x, lambda x: over_tokens[1] @ x]
     flags = (torch.rand(2, 50, 11, generator=generator) < 0.5).float()
     of_layers, n = routers.of_layers(), tokens_of()
-    contexts = routers.context_logits(n, [forward, reverse, flags], (of_layers[1], of_layers[2]))
+    contexts = routers.context_logits(n, emas, flags, (of_layers[1], of_layers[2]))
     assert len(contexts) == 2
     for layer, context in zip((1, 2), contexts, strict=True):
         routing = routers(of_layers[layer], n, context, state(), routers.active(state()), None)
-        whole = torch.cat([n, forward, reverse, flags], dim=-1) @ routers.weight[layer].T + routers.bias[layer]
+        whole = torch.cat([n, *(ema(n) for ema in emas), flags], dim=-1) @ routers.weight[layer].T
+        whole += routers.bias[layer]
         torch.testing.assert_close(routing.logits, whole, rtol=1e-4, atol=1e-4)
-    (alone,) = routers.context_logits(n, [], (of_layers[0],))  # without features, the bias is left
+    (alone,) = routers.context_logits(n, [], None, (of_layers[0],))  # without features, the bias is left
     assert torch.equal(alone, routers.bias[0].expand(2, 50, -1))
 
 
