@@ -69,7 +69,7 @@ for package in numpy tyro pytest hypothesis; do
   "$python" -c "import $package" 2>/dev/null || missing+=("$package")
 done
 mapfile -t gpu_tests < <(grep -rl --include='test_*.py' 'mark\.gpu' tests | grep -v triton)
-symmetric_tests=(tests/ops/test_symmetric_triton.py) triton_tests=(tests/ops/test_bank_triton.py tests/ops/test_attention_triton.py)
+symmetric_tests=(tests/ops/test_orthogonalize_triton.py) triton_tests=(tests/ops/test_bank_triton.py tests/ops/test_attention_triton.py)
 if [ -n "${SMALL_SHAPES:-}" ]; then
   # Where there is no Triton either, these have nothing to collect, which pytest calls a failure.
   symmetric_tests+=("${gpu_tests[0]}") triton_tests+=("${gpu_tests[0]}")

@@ -3,8 +3,9 @@
 Muon replaces a gradient by (nearly) its polar factor; this is that step alone, with the SVD beside it as the reference.
 """
 
+import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,8 +40,8 @@ def orthogonalize(
     https://kellerjordan.github.io/posts/muon/.
     A small singular value grows 147-fold in "turbo" and 485-fold in "plain". The preconditioning wins that back while a
     matrix has many strong directions; where one or two hold nearly all of it, "plain" brings the weak ones closer to 1.
-    backend: who multiplies the two symmetric products of an iteration; "auto" is Triton, which computes half of each,
-    for bfloat16 on CUDA, and else torch's batched products.
+    backend: who multiplies and scales; "auto" is Triton, which computes half of each symmetric product, for bfloat16 on
+    CUDA, and else torch.
     Raises ValueError for fewer than two dimensions, another dtype or an unknown variant.
     """
     if matrices.ndim < 2:
@@ -50,24 +51,26 @@ def orthogonalize(
     if variant not in POLYNOMIALS:
         raise ValueError(f"unknown variant {variant!r}; take one of {', '.join(map(repr, POLYNOMIALS))}")
     tall = matrices.size(-2) > matrices.size(-1)
-    x = _scale_by_power_of_two(matrices.reshape(-1, *matrices.shape[-2:]))
     if backend == "auto":
-        backend = "triton" if TRITON_INSTALLED and x.is_cuda and x.dtype == torch.bfloat16 else "torch"
-    gram_of, polynomial = _symmetric_products(backend)
-    gram = gram_of(x.mT if tall else x)
+        on_gpu = TRITON_INSTALLED and matrices.is_cuda and matrices.dtype == torch.bfloat16
+        backend = "triton" if on_gpu else "torch"
+    kernels = _kernels(backend)
+    x = _scale_by_power_of_two(matrices.reshape(-1, *matrices.shape[-2:]), kernels)
+    gram = kernels.gram(x.mT if tall else x)
     if variant == "turbo":
         scale = _almost_orthogonal_scale(gram, x.size(-2 if tall else -1))
-        x, gram = (x * (scale.mT if tall else scale)).to(x.dtype), (gram * scale * scale.mT).to(x.dtype)
+        x = kernels.scaled(x, scale.mT if tall else scale)
+        gram = kernels.scaled(gram, scale, scale.mT)
     else:
         norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
         x = x / norm
-        gram = gram_of(x.mT if tall else x)
+        gram = kernels.gram(x.mT if tall else x)
     for iteration, (a, b, c) in enumerate(POLYNOMIALS[variant]):
         if iteration > 0:
-            gram = gram_of(x.mT if tall else x)
-        factor = polynomial(gram, b, c)
+            gram = kernels.gram(x.mT if tall else x)
+        factor = kernels.polynomial(gram, b, c)
         # A tall matrix is multiplied from its right: transposed, it would have to be copied twice.
-        x = torch.baddbmm(x, x, factor, beta=a) if tall else torch.baddbmm(x, factor, x, beta=a)
+        x = kernels.add_product(x, x, factor, a) if tall else kernels.add_product(x, factor, x, a)
     return x.reshape(matrices.shape)
 
 
@@ -83,31 +86,46 @@ def orthogonalize_svd(matrices: Tensor) -> Tensor:
     return ((left * present.unsqueeze(-2)) @ right).to(matrices.dtype)
 
 
-def _symmetric_products(backend: str) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor, float, float], Tensor]]:
-    """X·Xᵀ of [n, rows, cols] and, from symmetric matrices A [n, rows, rows] and two numbers, b·A + c·A·A."""
+class _Kernels(NamedTuple):
+    """Who multiplies and scales; `orthogonalize_triton` says what each one does."""
+
+    gram: Callable[[Tensor], Tensor]
+    polynomial: Callable[[Tensor, float, float], Tensor]
+    add_product: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    scaled: Callable[..., Tensor]
+
+
+def _kernels(backend: str) -> _Kernels:
     if backend == "triton":
-        from switch_bank.ops import symmetric_triton
+        from switch_bank.ops import orthogonalize_triton as own
 
-        return symmetric_triton.gram, symmetric_triton.polynomial
-    return lambda x: torch.bmm(x, x.mT), lambda gram, b, c: torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        return _Kernels(own.gram, own.polynomial, own.add_product, own.scaled)
+    return _Kernels(
+        lambda x: torch.bmm(x, x.mT),
+        lambda gram, b, c: torch.baddbmm(gram, gram, gram, beta=b, alpha=c),
+        lambda x, left, right, a: torch.baddbmm(x, left, right, beta=a),
+        lambda x, *factors: math.prod(factors, start=x).to(x.dtype),
+    )
 
 
-def _scale_by_power_of_two(x: Tensor) -> Tensor:
+def _scale_by_power_of_two(x: Tensor, kernels: _Kernels) -> Tensor:
     """Each matrix divided so that its largest magnitude lies in [1, 2): its Gram matrix neither overflows nor vanishes.
 
     A power of two changes no digit of a result. The divisor stops at the smallest normal number, which still leaves a
     denormal matrix large enough.
     """
     float_dtype = torch.promote_types(x.dtype, torch.float32)
-    largest = x.abs().amax(dim=(-2, -1), keepdim=True).to(float_dtype).clamp(min=torch.finfo(x.dtype).tiny)
+    largest = torch.linalg.vector_norm(x, torch.inf, dim=(-2, -1), keepdim=True).to(float_dtype)
+    largest = largest.clamp(min=torch.finfo(x.dtype).tiny)
     mantissa, _ = torch.frexp(largest)
-    return x / (largest / (2 * mantissa)).to(x.dtype)
+    return kernels.scaled(x, 2 * mantissa / largest)
 
 
 def _almost_orthogonal_scale(gram: Tensor, summands: int) -> Tensor:
     """AOL preconditioning: by what to scale the vectors whose Gram matrices are `gram` [n, m, m], each product in them
     of `summands` numbers, so that their matrix has a spectral norm of at most 1. Returns [n, m, 1]."""
-    row_sums = gram.abs().sum(-1, keepdim=True, dtype=torch.promote_types(gram.dtype, torch.float32))
+    float_dtype = torch.promote_types(gram.dtype, torch.float32)
+    row_sums = torch.linalg.vector_norm(gram, 1, dim=-1, keepdim=True, dtype=float_dtype)
     # Below this sum underflow may have eaten products of the row, and its scale would be noise: it counts as zero.
     smallest_sum = torch.finfo(gram.dtype).tiny / torch.finfo(gram.dtype).eps * summands
     return torch.where(row_sums > smallest_sum, row_sums.rsqrt(), 0.0)

@@ -258,7 +258,9 @@ def test_the_state_is_bounded_by_the_windows(config_of: ConfigOf, model_of: Mode
     lengths = {layer: ring.keys.shape[1] for layer, ring in decoder.past.rings.items()}
     assert lengths == {layer: LONG if layer % 4 == 3 else SHORT for layer in range(9) if layer != 4}
     keys_and_values = 2 * 2 * (2 * LONG + 6 * SHORT) * 32 * 4  # bytes: 2 streams, 2 long and 6 short layers, width 32
-    channels = sum(min(config.model.width, config.model.experts * layers) for layers in (4, 4, 1))  # of the groups' EMAs
+    channels = sum(
+        min(config.model.width, config.model.experts * layers) for layers in (4, 4, 1)
+    )  # of the groups' EMAs
     sums = 2 * 2 * channels * 4
     assert keys_and_values + sums <= sizes[-1] < keys_and_values + sums + 500
 

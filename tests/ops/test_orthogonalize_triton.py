@@ -1,4 +1,4 @@
-"""The symmetric products in Triton: torch's values, symmetric to the bit, and few registers on a Hopper GPU.
+"""Products and scaling in Triton: torch's values, symmetric ones to the bit, and few registers on a Hopper GPU.
 
 Values are tested by tests with pytest.mark.gpu: see tests/ops/triton_kernels.py.
 """
@@ -13,7 +13,19 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from switch_bank.ops.orthogonalize import Variant, orthogonalize
-from switch_bank.ops.symmetric_triton import BAND, STAGES, STEP, TILE, WARPS, gram, polynomial, symmetric_product
+from switch_bank.ops.orthogonalize_triton import (
+    BAND,
+    STAGES,
+    STEP,
+    TILE,
+    WARPS,
+    add_product,
+    gram,
+    polynomial,
+    scaled,
+    sums_of_products,
+    symmetric_product,
+)
 from tests.ops.triton_kernels import (
     DEVICE,
     TRITON_VERSION,
@@ -60,6 +72,19 @@ def test_a_hopper_gpu_spills_no_register_and_runs_two_programs_a_multiprocessor(
         ADD=add, TILE=TILE, STEP=STEP, BAND=BAND,
     )  # fmt: skip
     print(f"symmetric_product, ADD={add}, contiguous along {along}: {compiled}")
+    assert compiled.spilled == 0
+    assert "wgmma.mma_async" in compiled.ptx and "cp.async" in compiled.ptx
+    if TRITON_VERSION.startswith("3.6."):
+        assert compiled.registers <= 128 and compiled.shared <= 227 * 1024 // 2
+
+
+@compiles
+def test_so_do_the_sums_of_products(tmp_path: Path) -> None:
+    compiled = compile_for_hopper(
+        sums_of_products, tmp_path, dict(num_warps=WARPS, num_stages=STAGES), x_ptr="*bf16", left_ptr="*bf16",
+        right_ptr="*bf16", out_ptr="*bf16", rows="i32", cols="i32", depth="i32", a="fp32", TILE=TILE, STEP=STEP,
+    )  # fmt: skip
+    print(f"sums_of_products: {compiled}")
     assert compiled.spilled == 0
     assert "wgmma.mma_async" in compiled.ptx and "cp.async" in compiled.ptx
     if TRITON_VERSION.startswith("3.6."):
@@ -117,6 +142,38 @@ class TestProducts:
         a = (product / product.abs().amax()).to(torch.bfloat16)
         assert_product(polynomial(a, -6.0, 2.0), -6 * a.double() + 2 * a.double() @ a.double())
 
+    @every_shape
+    @every_dtype
+    def test_a_product_is_added_to_the_matrix(self, shape: tuple[int, int], dtype: torch.dtype) -> None:
+        rows, cols = shape
+        x, left, right = (
+            draw(2, rows, cols, dtype=dtype),
+            draw(2, rows, 21, dtype=dtype),
+            draw(2, 21, cols, dtype=dtype),
+        )
+        spread = left.mT.contiguous().mT  # need not be contiguous
+        expected = -1.5 * x.double() + left.double() @ right.double()
+        error = (add_product(x, spread, right, -1.5, **SMALL).double() - expected).abs().amax()
+        assert (
+            error
+            <= (2**-8 if dtype == torch.bfloat16 else 2**-9 if DEVICE == "cuda" else 2**-20) * expected.abs().amax()
+        )
+
+    @every_shape
+    @every_dtype
+    def test_scaling_rounds_once(self, shape: tuple[int, int], dtype: torch.dtype) -> None:
+        x, rows, columns = (
+            draw(2, *shape, dtype=dtype),
+            draw(2, shape[0], 1, dtype=torch.float32),
+            draw(2, 1, shape[1], dtype=torch.float32),
+        )
+        of_matrix = torch.tensor([0.5, 3.0], device=x.device).view(2, 1, 1)
+        wide = x.float()
+        assert torch.equal(scaled(x, rows, columns), (wide * rows * columns).to(dtype))
+        assert torch.equal(scaled(x, rows), (wide * rows).to(dtype))
+        assert torch.equal(scaled(x.mT.contiguous().mT, columns), (wide * columns).to(dtype))
+        assert torch.equal(scaled(x, of_matrix), (wide * of_matrix).to(dtype))
+
 
 class TestOrthogonalize:
     pytestmark = runs_kernels
@@ -131,6 +188,15 @@ class TestOrthogonalize:
         assert result.shape == matrices.shape and result.dtype == torch.bfloat16
         torch.testing.assert_close(result.float(), wanted, rtol=0.05, atol=0.05)
         assert (result - exact).norm() <= 1.2 * (wanted - exact).norm() + 0.01
+
+    @pytest.mark.parametrize("magnitude", [2.0**-130, 1e-30, 1e30, 2.0**126])
+    @pytest.mark.parametrize("shape", [(24, 40), (40, 24)], ids=str)
+    def test_the_magnitude_of_a_matrix_does_not_show(self, shape: tuple[int, int], magnitude: float) -> None:
+        matrix = (draw(1, *shape, dtype=torch.float32) / 4).to(torch.bfloat16)
+        own = (matrix.double() * magnitude).to(torch.bfloat16)  # a denormal number has lost digits
+        result, expected = (orthogonalize(x, "turbo", "triton").float() for x in (own, matrix))
+        assert result.isfinite().all()
+        torch.testing.assert_close(result, expected, rtol=0, atol=0.02 if magnitude > 1e-35 else 0.2)
 
     @pytest.mark.parametrize("variant", get_args(Variant))
     def test_zero_stays_zero(self, variant: Variant) -> None:
