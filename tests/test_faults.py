@@ -62,7 +62,7 @@ def train_with_limit(options: list[str], out: Path, file_bytes: int) -> subproce
 def test_a_disk_that_is_full_when_a_checkpoint_is_written(options: list[str], at_40: Path, finished) -> None:
     before = (at_40 / "checkpoint.pt").read_bytes()
     size = len(before) - 1000
-    assert size - (at_40 / "log.txt").stat().st_size > 30_000  # room for the rest of the log, and none for a checkpoint
+    assert size - (at_40 / "log.txt").stat().st_size > 10_000  # room for the rest of the log, and none for a checkpoint
     result = train_with_limit([*options, "--run.resume", "--run.checkpoint-every", "3"], at_40, size)
     assert result.returncode == 1
     assert_one_line(result.stderr, f"{at_40 / 'checkpoint.pt'} cannot be written, File too large")
