@@ -46,7 +46,7 @@ def test_a_microbatch_gets_the_gradients_that_it_would_get_alone(
     dtype: torch.dtype, tokens: int, experts: int, top_k: int
 ) -> None:
     """Two of them through one call, and one by one; what reaches the experts, and rows, gates and adapters."""
-    problem = Problem(tokens=2 * tokens, experts=experts, top_k=top_k, width=64, hidden=32, dtype=torch.float32)
+    problem = Problem(tokens=2 * tokens, experts=experts, top_k=top_k, width=70, hidden=38, dtype=torch.float32)
     w1, w2 = problem.w1.detach().requires_grad_(), problem.w2.detach().requires_grad_()
 
     def gradients(at: slice, microbatches: int) -> tuple[Tensor, ...]:
