@@ -5,9 +5,10 @@
 // at::native::cpublas; those of rows and rows, the gradients of the matrices, take both as they are, and are our own.
 // Cores take blocks as they get free, but no sum depends on which core took what: the same bits for any thread count.
 //
-// T is the type of the activations, float or, with AVX-512's products of them, BFloat16; sums are float. A matrix [k, n] that stands at the right of a
-// product lies in panels [k, PANEL], one behind the other: rows further apart would share a few lines of the cache
-// where n is a power of two. In BFloat16 a panel lies in pairs of rows, [k/2, PANEL, 2], as dot products read it.
+// T is the type of the activations, float or, with AVX-512's products of them, BFloat16; sums are float. A matrix [k, n]
+// that stands at the right of a product lies in panels [k, PANEL], one behind the other: rows further apart would share
+// a few lines of the cache where n is a power of two. In BFloat16 a panel lies in pairs of rows, [k/2, PANEL, 2], as dot
+// products read it.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>

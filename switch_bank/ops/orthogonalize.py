@@ -58,7 +58,7 @@ def orthogonalize(
     x = _scale_by_power_of_two(matrices.reshape(-1, *matrices.shape[-2:]), kernels)
     gram = kernels.gram(x.mT if tall else x)
     if variant == "turbo":
-        scale = _almost_orthogonal_scale(gram, x.size(-2 if tall else -1))
+        scale = _almost_orthogonal_scale(gram, x.size(-2 if tall else -1), kernels)
         x = kernels.scaled(x, scale.mT if tall else scale)
         gram = kernels.scaled(gram, scale, scale.mT)
     else:
@@ -93,18 +93,20 @@ class _Kernels(NamedTuple):
     polynomial: Callable[[Tensor, float, float], Tensor]
     add_product: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     scaled: Callable[..., Tensor]
+    row_sums: Callable[[Tensor, torch.dtype], Tensor]  # of magnitudes, in a dtype: [n, rows, cols] to [n, rows, 1]
 
 
 def _kernels(backend: str) -> _Kernels:
     if backend == "triton":
         from switch_bank.ops import orthogonalize_triton as own
 
-        return _Kernels(own.gram, own.polynomial, own.add_product, own.scaled)
+        return _Kernels(own.gram, own.polynomial, own.add_product, own.scaled, own.row_sums)
     return _Kernels(
         lambda x: torch.bmm(x, x.mT),
         lambda gram, b, c: torch.baddbmm(gram, gram, gram, beta=b, alpha=c),
         lambda x, left, right, a: torch.baddbmm(x, left, right, beta=a),
         lambda x, *factors: math.prod(factors, start=x).to(x.dtype),
+        lambda x, dtype: x.abs().sum(-1, keepdim=True, dtype=dtype),
     )
 
 
@@ -121,15 +123,10 @@ def _scale_by_power_of_two(x: Tensor, kernels: _Kernels) -> Tensor:
     return kernels.scaled(x, 2 * mantissa / largest)
 
 
-def _almost_orthogonal_scale(gram: Tensor, summands: int) -> Tensor:
+def _almost_orthogonal_scale(gram: Tensor, summands: int, kernels: _Kernels) -> Tensor:
     """AOL preconditioning: by what to scale the vectors whose Gram matrices are `gram` [n, m, m], each product in them
     of `summands` numbers, so that their matrix has a spectral norm of at most 1. Returns [n, m, 1]."""
-    float_dtype = torch.promote_types(gram.dtype, torch.float32)
-    # On a CPU the norm is one float32 after another, ten times less exact than a sum; on a GPU it makes no copy.
-    if gram.is_cuda:
-        row_sums = torch.linalg.vector_norm(gram, 1, dim=-1, keepdim=True, dtype=float_dtype)
-    else:
-        row_sums = gram.abs().sum(-1, keepdim=True, dtype=float_dtype)
+    row_sums = kernels.row_sums(gram, torch.promote_types(gram.dtype, torch.float32))
     # Below this sum underflow may have eaten products of the row, and its scale would be noise: it counts as zero.
     smallest_sum = torch.finfo(gram.dtype).tiny / torch.finfo(gram.dtype).eps * summands
     return torch.where(row_sums > smallest_sum, row_sums.rsqrt(), 0.0)

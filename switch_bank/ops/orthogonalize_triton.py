@@ -59,6 +59,12 @@ def scaled(x: Tensor, *factors: Tensor) -> Tensor:
     return out
 
 
+def row_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Σ of each row's magnitudes, summed in dtype: x [n, rows, cols] to [n, rows, 1]. A GPU's norm makes no copy of
+    |x|. (A CPU's adds one number after another, ten times less exact than a sum.)"""
+    return torch.linalg.vector_norm(x, 1, dim=-1, keepdim=True, dtype=dtype)
+
+
 def _launch(x: Tensor, b: float, c: float, tile: int, step: int) -> Tensor:
     n, rows, cols = x.shape
     out = torch.empty((n, rows, rows), dtype=x.dtype, device=x.device)
@@ -68,6 +74,22 @@ def _launch(x: Tensor, b: float, c: float, tile: int, step: int) -> Tensor:
         ADD=b != 0.0, TILE=tile, STEP=step, BAND=BAND, num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     return out
+
+
+@triton.jit
+def product(left, right, left_step, right_step, depth, TILE: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Σ_k left_k·right_k in float32, [TILE, TILE]. left: pointers [TILE, STEP] to the first columns of rows; right:
+    [STEP, TILE] to the first rows of columns; each with its step from one k to the next."""
+    k = tl.arange(0, STEP)
+    total = tl.zeros((TILE, TILE), dtype=tl.float32)
+    for start in range(0, depth, STEP):
+        inside = k < depth - start
+        of_left = tl.load(left, mask=inside[None, :], other=0.0)
+        of_right = tl.load(right, mask=inside[:, None], other=0.0)
+        total = tl.dot(of_left, of_right, total)
+        left += STEP * left_step
+        right += STEP * right_step
+    return total
 
 
 @triton.jit
@@ -86,14 +108,7 @@ def symmetric_product(  # type: ignore[no-untyped-def]
     # What lies outside is read from inside, where it costs nothing, and is never written.
     left = x_ptr + matrix * x_matrix + (row % rows)[:, None] * x_row + k[None, :] * x_col
     right = x_ptr + matrix * x_matrix + (col % rows)[None, :] * x_row + k[:, None] * x_col
-    total = tl.zeros((TILE, TILE), dtype=tl.float32)
-    for start in range(0, cols, STEP):
-        inside = k < cols - start
-        a = tl.load(left, mask=inside[None, :], other=0.0)
-        a_transposed = tl.load(right, mask=inside[:, None], other=0.0)
-        total = tl.dot(a, a_transposed, total)
-        left += STEP * x_col
-        right += STEP * x_col
+    total = product(left, right, x_col, x_col, cols, TILE, STEP)
     inside = (row < rows)[:, None] & (col < rows)[None, :]
     here = row[:, None] * rows + col[None, :]
     if ADD:
@@ -122,14 +137,7 @@ def sums_of_products(  # type: ignore[no-untyped-def]
     # What lies outside is read from inside, where it costs nothing, and is never written.
     left = left_ptr + matrix * rows * depth + (row % rows)[:, None] * depth + k[None, :]
     right = right_ptr + matrix * depth * cols + k[:, None] * cols + (col % cols)[None, :]
-    total = tl.zeros((TILE, TILE), dtype=tl.float32)
-    for start in range(0, depth, STEP):
-        inside = k < depth - start
-        of_left = tl.load(left, mask=inside[None, :], other=0.0)
-        of_right = tl.load(right, mask=inside[:, None], other=0.0)
-        total = tl.dot(of_left, of_right, total)
-        left += STEP
-        right += STEP * cols
+    total = product(left, right, 1, cols, depth, TILE, STEP)
     inside = (row < rows)[:, None] & (col < cols)[None, :]
     here = matrix * rows * cols + row[:, None] * cols + col[None, :]
     total += a * tl.load(x_ptr + here, mask=inside, other=0.0).to(tl.float32)

@@ -29,6 +29,7 @@ from switch_bank.ops.orthogonalize_triton import (
 from tests.ops.triton_kernels import (
     DEVICE,
     TRITON_VERSION,
+    Compiled,
     compile_for_hopper,
     compiles,
     run_interpreted,
@@ -53,6 +54,13 @@ def assert_product(result: Tensor, expected: Tensor) -> None:
     assert error <= tolerance * largest, f"off by {error:.3g} where {largest:.3g} is the largest value"
 
 
+def assert_two_programs_run(compiled: Compiled) -> None:
+    assert compiled.spilled == 0
+    assert "wgmma.mma_async" in compiled.ptx and "cp.async" in compiled.ptx
+    if TRITON_VERSION.startswith("3.6."):
+        assert compiled.registers <= 128 and compiled.shared <= 227 * 1024 // 2
+
+
 @compiles
 def test_the_values_are_right_in_the_interpreter() -> None:
     run_interpreted(__file__)
@@ -72,10 +80,7 @@ def test_a_hopper_gpu_spills_no_register_and_runs_two_programs_a_multiprocessor(
         ADD=add, TILE=TILE, STEP=STEP, BAND=BAND,
     )  # fmt: skip
     print(f"symmetric_product, ADD={add}, contiguous along {along}: {compiled}")
-    assert compiled.spilled == 0
-    assert "wgmma.mma_async" in compiled.ptx and "cp.async" in compiled.ptx
-    if TRITON_VERSION.startswith("3.6."):
-        assert compiled.registers <= 128 and compiled.shared <= 227 * 1024 // 2
+    assert_two_programs_run(compiled)
 
 
 @compiles
@@ -85,10 +90,7 @@ def test_so_do_the_sums_of_products(tmp_path: Path) -> None:
         right_ptr="*bf16", out_ptr="*bf16", rows="i32", cols="i32", depth="i32", a="fp32", TILE=TILE, STEP=STEP,
     )  # fmt: skip
     print(f"sums_of_products: {compiled}")
-    assert compiled.spilled == 0
-    assert "wgmma.mma_async" in compiled.ptx and "cp.async" in compiled.ptx
-    if TRITON_VERSION.startswith("3.6."):
-        assert compiled.registers <= 128 and compiled.shared <= 227 * 1024 // 2
+    assert_two_programs_run(compiled)
 
 
 class TestProducts:
