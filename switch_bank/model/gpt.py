@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from switch_bank.compiled_code import remove_half_written
 from switch_bank.config import Config, ModelConfig, compute_dtype
 from switch_bank.model.attention import Ring, attention_matrices, rms_norm, rotary_tables, self_attention
 from switch_bank.model.bank import Bank, Experts
@@ -211,6 +212,7 @@ class SwitchBankGPT(nn.Module):
     def compile(self) -> None:
         """Compiles the parts of the forward, each without a graph break. What differs between layers reaches a part
         as tensors, so that the graphs, and the time it takes to compile them, do not grow with the layers."""
+        remove_half_written()
         # Kinds of layers, shapes, training and validation make a graph each: more than the 8 that dynamo lets pass.
         torch._dynamo.config.recompile_limit = 256
         for part in PARTS:
