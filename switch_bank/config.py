@@ -318,9 +318,10 @@ def _multiplies_bfloat16_faster() -> bool:
 
 
 CPU_PREFERS_BFLOAT16 = _multiplies_bfloat16_faster()  # read once: compiled code may not ask
-# MKL's products of float32 have the same bits for a row whatever other rows there are, if it is told so (`numerics`);
-# it listens on Intel's processors with AVX2 or AVX-512.
-STRICT_PRODUCTS = "GenuineIntel" in CPUINFO and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+# MKL's products of float32 have the same bits for a row whatever other rows there are, if it is told so (`numerics`).
+# It was seen to listen on Intel's processors and on AMD's with AVX2; nobody has looked on AMD's with AVX-512.
+_CAPABILITY = torch.backends.cpu.get_cpu_capability()
+STRICT_PRODUCTS = _CAPABILITY == "AVX2" or _CAPABILITY == "AVX512" and "GenuineIntel" in CPUINFO
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:

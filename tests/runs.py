@@ -10,11 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from switch_bank.config import CPUINFO
-
 ROOT = Path(__file__).resolve().parent.parent
 EOD = 256
-ON_INTEL = "GenuineIntel" in CPUINFO  # MKL is for its maker's processors
 
 
 def byte_documents(files: list[Path], eod: int) -> np.ndarray:
