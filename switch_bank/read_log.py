@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from switch_bank.config import Config, from_dict
 
 TRAINER = "train_switch_bank.py"
-MODULE = re.compile(r"switch_bank/(\w+/)*\w+\.(py|cpp|css|js)", re.ASCII)  # knows no way out of the folder
+MODULE = re.compile(r"switch_bank/(\w+/)*\w+\.(py|cpp|h|css|js)", re.ASCII)  # knows no way out of the folder
 LOSS_LINE = re.compile(
     r"step:(?P<step>\d{1,12})/(?P<steps>\d{1,12}) (?P<kind>train|val)_loss:(?P<loss>-?\d+\.\d{4}) "
     r"train_time:(?P<milliseconds>\d{1,15})ms step_avg:(?P<average>\d+\.\d\d)ms"

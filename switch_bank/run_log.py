@@ -22,6 +22,7 @@ from switch_bank.config import CPUINFO, Config, ConfigError, RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ("log.txt", "metrics.jsonl")  # a checkpoint says how long they were
+SUFFIXES = (".py", ".cpp", ".h", ".css", ".js")  # of the files that are the source
 
 
 def choose_folder(run: RunConfig, name: str) -> Path:
@@ -163,7 +164,7 @@ def write_config(folder: Path, config: Config) -> None:
 
 def source_files() -> dict[str, str]:
     """The text of the trainer and of every file of the package, by its path from the repository's root."""
-    package = [file for file in (ROOT / "switch_bank").rglob("*") if file.suffix in (".py", ".cpp", ".css", ".js")]
+    package = [file for file in (ROOT / "switch_bank").rglob("*") if file.suffix in SUFFIXES]
     files = [ROOT / "train_switch_bank.py", *sorted(package)]
     return {file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8") for file in files}
 

@@ -31,7 +31,7 @@ def test_the_source_begins_with_the_trainer_and_holds_every_file_of_the_package_
     source, trainer = run_log.source(), (PACKAGE.parent / "train_switch_bank.py").read_text(encoding="utf-8")
     assert source.startswith("===== train_switch_bank.py\n" + trainer)
     modules = [file for file in sorted(PACKAGE.rglob("*")) if file.is_file() and file.suffix != ".pyc"]
-    assert {module.suffix for module in modules} == {".py", ".cpp", ".css", ".js"}, "run_log.source_files names these"
+    assert {module.suffix for module in modules} == {".py", ".cpp", ".h", ".css", ".js"}, "run_log.SUFFIXES"
     for module in modules:
         name = module.relative_to(PACKAGE.parent).as_posix()
         assert f"===== {name}\n{module.read_text(encoding='utf-8')}" in source

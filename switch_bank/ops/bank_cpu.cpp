@@ -10,75 +10,25 @@
 // a few lines of the cache where n is a power of two. In BFloat16 a panel lies in pairs of rows, [k/2, PANEL, 2], as dot
 // products read it.
 
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
 #include <ATen/native/CPUBlas.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <atomic>
 #include <numeric>
-#include <type_traits>
-#include <vector>
+
+#include "cpu_kernels.h"
 
 namespace {
 
 using at::BFloat16;
-using at::Tensor;
 namespace blas = at::native::cpublas;
+
+thread_local Scratch of_call;  // while one call lasts
 
 constexpr int64_t ALIGN = 4;  // rows of a block: few enough sizes that oneDNN has compiled them all soon
 constexpr int64_t PANEL = 64;  // columns of a product: as many as oneDNN's innermost loop takes
 constexpr int64_t TILE = 128;  // rows of a weight's gradient that one core sums up
 
 int64_t even(int64_t rows) { return (rows + 1) / 2 * 2; }
-
-// ---- rows of numbers, LANES at a time ------------------------------------------------------------------------------
-
-using Vec = at::vec::Vectorized<float>;
-constexpr int64_t LANES = Vec::size();
-// Of a product of rows and rows, a core has this many columns and rows in registers: 16 of 32, or 8 of AVX2's 16.
-constexpr int64_t STRIP = 2 * LANES, STRIP_ROWS = LANES / 2;
-
-inline Vec load(const float* from, int64_t count) { return Vec::loadu(from, count); }
-inline void store(float* to, int64_t count, Vec value) { value.store(to, count); }
-
-#ifdef __AVX512BF16__
-inline __mmask16 lanes(int64_t count) { return __mmask16((1u << count) - 1); }
-inline Vec load(const BFloat16* from, int64_t count) {
-  __m512 value;
-  at::vec::cvtbf16_fp32(_mm256_maskz_loadu_epi16(lanes(count), from), value);
-  return value;
-}
-inline void store(BFloat16* to, int64_t count, Vec value) {
-  _mm256_mask_storeu_epi16(to, lanes(count), __m256i(_mm512_cvtneps_pbh(value)));
-}
-#endif
-
-template <typename Body>
-inline void each_vec(int64_t count, Body body) {
-  int64_t at = 0;
-  for (; at + LANES <= count; at += LANES) body(at, LANES);
-  if (at < count) body(at, count - at);
-}
-
-// from [rows, columns] to [columns, rows].
-void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride, int64_t rows, int64_t columns) {
-  constexpr int64_t SIDE = 16;
-  for (int64_t r = 0; r < rows; r += SIDE)
-    for (int64_t c = 0; c < columns; c += SIDE) {
-      const float* tile = from + r * from_stride + c;
-      float* result = to + c * to_stride + r;
-      if (r + SIDE <= rows && c + SIDE <= columns) {
-        at::vec::transpose_mxn<float, SIDE, SIDE>(tile, from_stride, result, to_stride);
-        continue;
-      }
-      for (int64_t i = 0; i < std::min(SIDE, rows - r); ++i)
-        for (int64_t j = 0; j < std::min(SIDE, columns - c); ++j) result[j * to_stride + i] = tile[i * from_stride + j];
-    }
-}
 
 template <int64_t WIDTH = PANEL, typename Body>
 inline void each_panel(int64_t columns, Body body) {
@@ -120,66 +70,6 @@ void multiply(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_stride, con
 
 // Both operands lie in panels of STRIP columns, as_right<STRIP> has them, of even(rows) rows.
 
-// A vector of floats, or of pairs of BFloat16, in which two rows lie together.
-template <typename T>
-inline Vec load_strip(const T* from, int64_t count) {
-  return load(reinterpret_cast<const float*>(from), count);
-}
-template <typename T>
-inline Vec everywhere(const T* from) {
-  return Vec(*reinterpret_cast<const float*>(from));
-}
-template <typename T>
-inline Vec add_products(Vec a, Vec b, Vec sum) {
-#ifdef __AVX512BF16__
-  if constexpr (std::is_same_v<T, BFloat16>) return _mm512_dpbf16_ps(sum, __m512bh(__m512(a)), __m512bh(__m512(b)));
-#endif
-  return at::vec::fmadd(a, b, sum);
-}
-
-inline void add_to(float* to, int64_t count, Vec value) { store(to, count, load(to, count) + value); }
-inline void add_to(double* to, int64_t count, Vec value) {
-  using Doubles = at::vec::Vectorized<double>;
-#ifdef CPU_CAPABILITY_AVX512
-  const Doubles halves[] = {
-      _mm512_cvtps_pd(_mm512_castps512_ps256(value)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(value, 1))};
-#else
-  const Doubles halves[] = {
-      _mm256_cvtps_pd(_mm256_castps256_ps128(value)), _mm256_cvtps_pd(_mm256_extractf128_ps(value, 1))};
-#endif
-  for (int64_t half = 0, at = 0; half < 2; ++half, at += LANES / 2) {
-    const int64_t own = std::clamp<int64_t>(count - at, 0, LANES / 2);
-    (Doubles::loadu(to + at, own) + halves[half]).store(to + at, own);
-  }
-}
-
-// to [M, columns] += Σ_r left[r, M]ᵀ·right[r, columns], M rows and at most STRIP columns, in float until it is added.
-template <int M, bool WHOLE, typename T, typename Sum>
-__attribute__((noinline)) void add_tile(
-    int64_t rows, const T* left, int64_t left_columns, const T* right, int64_t columns, Sum* to, int64_t to_columns) {
-  constexpr int64_t TOGETHER = sizeof(float) / sizeof(T);
-  const int64_t low = WHOLE ? LANES : std::min(columns, LANES), high = WHOLE ? LANES : columns - low;
-  Vec sums[M][2];
-#pragma GCC unroll 16
-  for (int m = 0; m < M; ++m) sums[m][0] = sums[m][1] = Vec(0.0f);
-  for (int64_t r = 0; r < rows; r += TOGETHER) {
-    const Vec a = load_strip(right, low), b = load_strip(right + low * TOGETHER, high);
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-      const Vec one = everywhere(left + m * TOGETHER);
-      sums[m][0] = add_products<T>(one, a, sums[m][0]);
-      sums[m][1] = add_products<T>(one, b, sums[m][1]);
-    }
-    left += left_columns * TOGETHER;
-    right += columns * TOGETHER;
-  }
-#pragma GCC unroll 16
-  for (int m = 0; m < M; ++m) {
-    add_to(to + m * to_columns, low, sums[m][0]);
-    add_to(to + m * to_columns + low, high, sums[m][1]);
-  }
-}
-
 // to [end - begin, n] += leftᵀ·right, of the columns from begin to end of left [rows, m], and right [rows, n].
 template <typename T, typename Sum>
 void add_product(
@@ -199,44 +89,6 @@ void add_product(
     }
   });
 }
-
-// ---- work, shared by the cores -------------------------------------------------------------------------------------
-
-// Runs task(i) for every i < count; `prepare` makes each core's task, with scratch of its own.
-template <typename Prepare>
-void share(int64_t count, Prepare prepare) {
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t begin, int64_t end) {
-    auto task = prepare();
-    for (int64_t i = next++; i < count; i = next++) task(i);
-    blas::brgemm_release();
-  });
-}
-
-// Memory that a thread keeps from call to call: to be given new pages takes longer than to fill them.
-class Scratch {
- public:
-  template <typename T>
-  T* take(int64_t count) {
-    if (taken_ == int64_t(buffers_.size())) buffers_.emplace_back();
-    Tensor& buffer = buffers_[taken_++];
-    const int64_t bytes = count * int64_t(sizeof(T));
-    if (!buffer.defined() || buffer.numel() < bytes) buffer = at::empty({bytes}, at::kByte);
-    return reinterpret_cast<T*>(buffer.data_ptr<uint8_t>());
-  }
-  // All that was taken may be taken again.
-  Scratch& fresh() {
-    taken_ = 0;
-    return *this;
-  }
-
- private:
-  std::vector<Tensor> buffers_;
-  int64_t taken_ = 0;
-};
-
-thread_local Scratch of_core;  // while a core works on one task after another
-thread_local Scratch of_call;  // while one call lasts
 
 // ---- which rows are multiplied together ----------------------------------------------------------------------------
 

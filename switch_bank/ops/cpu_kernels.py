@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
+HEADER = Path(__file__).with_suffix(".h")  # what the files have in common
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 # Read once: compiled code may not ask.
 CAPABILITY = torch.backends.cpu.get_cpu_capability()
@@ -32,7 +33,8 @@ def load(source: Path, instead: str) -> None:
         flags += ["-mprefer-vector-width=512"]
     flags += ["-DAT_PARALLEL_OPENMP=1", f"-DCPU_CAPABILITY={CAPABILITY}", f"-DCPU_CAPABILITY_{CAPABILITY}"]
     flags += [f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
-    key = hashlib.sha256("\n".join([source.read_text(), torch.__version__, *flags]).encode()).hexdigest()[:16]
+    key_of = [source.read_text(), HEADER.read_text(), torch.__version__, *flags]
+    key = hashlib.sha256("\n".join(key_of).encode()).hexdigest()[:16]
     library = Path(cache_dir()) / f"{source.stem}_{key}.so"
     library.parent.mkdir(parents=True, exist_ok=True)
     with open(library.with_suffix(".lock"), "w") as lock:

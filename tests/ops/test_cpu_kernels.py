@@ -1,4 +1,4 @@
-"""What becomes of a kernel that cannot be compiled."""
+"""When a kernel is compiled, and what becomes of one that cannot be."""
 
 from pathlib import Path
 
@@ -6,8 +6,10 @@ import pytest
 
 from switch_bank.ops import cpu_kernels
 
+needs_compiler = pytest.mark.skipif(not cpu_kernels.RUN, reason="needs AVX2, Linux and a C++ compiler")
 
-@pytest.mark.skipif(not cpu_kernels.RUN, reason="needs AVX2, Linux and a C++ compiler")
+
+@needs_compiler
 def test_a_kernel_that_does_not_compile_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     broken = tmp_path / "bank_cpu.cpp"
     broken.write_text("int main() { return nothing; }")
@@ -15,3 +17,19 @@ def test_a_kernel_that_does_not_compile_says_what_to_do(monkeypatch: pytest.Monk
     with pytest.raises(RuntimeError, match=r"(?s)bank_cpu.cpp; --model.bank-backend grouped does.*nothing"):
         cpu_kernels.load(broken, instead="--model.bank-backend grouped")
     assert not list((tmp_path / "cache").glob("*.so"))
+
+
+@needs_compiler
+def test_a_kernel_is_compiled_once_and_again_when_what_it_includes_is_another(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source, header, cache = tmp_path / "own.cpp", tmp_path / "own.h", tmp_path / "cache"
+    source.write_text('#include "own.h"\n')
+    monkeypatch.setattr(cpu_kernels, "HEADER", header)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    libraries = []
+    for text in ("int one() { return 1; }", "int one() { return 1; }", "int two() { return 2; }"):
+        header.write_text(text)
+        cpu_kernels.load.__wrapped__(source, instead="nothing")
+        libraries.append(len(list(cache.glob("own_*.so"))))
+    assert libraries == [1, 1, 2]
