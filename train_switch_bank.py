@@ -20,8 +20,6 @@ from typing import Any
 
 # Compiled code outlives a reboot here, unlike in /tmp; set before torch reads it.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).resolve().parent / ".cache" / "inductor"))
-# On a CPU, large tensors in pages of 2 MB: to be given pages of 4 KB took 5% of a step of nano.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch
 import torch.distributed as dist

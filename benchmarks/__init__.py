@@ -5,5 +5,3 @@ from pathlib import Path
 
 # The trainer's own cache: what it has compiled is not compiled again. Set before torch reads it.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).resolve().parent.parent / ".cache" / "inductor"))
-# As the trainer does: large tensors in pages of 2 MB.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
