@@ -60,7 +60,7 @@ def self_attention(
     holds."""
     shape = (*n.shape[:2], -1, n.shape[2] // heads)
     weight = qkvo.to(n.dtype)
-    if ring is not None and backend != "reference" and attention_cpu.takes(n):
+    if ring is not None and backend != "reference" and attention_cpu.takes_token(n):
         place = ring.next_place()
         return attention_cpu.attend_token(
             n, weight, rotary, value_embedding, mix, mask, ring.keys, ring.values, place, SCALE

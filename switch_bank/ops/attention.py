@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions, flex_attention
 
-from switch_bank.ops import TRITON_INSTALLED
+from switch_bank.ops import TRITON_INSTALLED, attention_cpu, cpu_kernels
 
 BLOCK = 128  # tokens of one side of a flex-attention block
 # Of the backward in bfloat16. On an H200 these take 0.91 of the time of torch's own choice.
@@ -26,9 +26,10 @@ TOKENS_PER_DOCUMENT = 32  # flash: what a slice's documents must have on average
 
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """The backend an option names. "auto" on CUDA is flash-attn for bfloat16 if it is installed, else our own kernels
-    in Triton for the widths of heads that they take, else flex; on a CPU it is SDPA, but in bfloat16 the plain matmuls
-    of "reference", which took 11 ms where masked SDPA took 26 (forward and backward of a layer of `nano`). "flash" and
-    "triton" are "auto" where their kernels cannot run: a model trained with them is read on a CPU, too."""
+    in Triton for the widths of heads that they take, else flex. On a CPU it is in float32 "cpu", our own kernel, where
+    it runs, and else SDPA, but in bfloat16 the plain matmuls of "reference", which took 11 ms where masked SDPA took 26
+    (forward and backward of a layer of `nano`). "flash" and "triton" are "auto" where their kernels cannot run: a model
+    trained with them is read on a CPU, too."""
     cuda = device.type == "cuda"
     flash_runs = FLASH_ATTN_INSTALLED and cuda and dtype == torch.bfloat16
     triton_takes_it = dtype in (torch.bfloat16, torch.float32) and head_dim in TRITON_WIDTHS
@@ -38,7 +39,8 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim
     if name != "auto":
         return name
     if device.type == "cpu":
-        return "reference" if dtype == torch.bfloat16 else "sdpa"
+        own = "cpu" if cpu_kernels.RUN and dtype == torch.float32 else "sdpa"
+        return "reference" if dtype == torch.bfloat16 else own
     return "flash" if flash_runs else "triton" if triton_runs else "flex"
 
 
@@ -50,7 +52,7 @@ def build_mask(backend: str, document: Tensor, window: Tensor | int) -> Any:
     """
     if backend == "flash":
         return _flash_mask(document, window)
-    if backend == "triton":
+    if backend in ("triton", "cpu"):
         return _spans(document, window)
     if backend == "flex":
         return _flex_mask(document, window)
@@ -85,6 +87,8 @@ def attention(backend: str, query: Tensor, key: Tensor, value: Tensor, mask: Any
         from switch_bank.ops import attention_triton
 
         return attention_triton.attend(query, key, value, mask.first, mask.end, scale)
+    if backend == "cpu":
+        return attention_cpu.attend(query, key, value, mask.first, mask.end, scale)
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if backend == "reference":
         scores = (scale * query @ key.mT).to(torch.promote_types(query.dtype, torch.float32))

@@ -1,5 +1,6 @@
-"""Attention of single tokens on a CPU with AVX2 or AVX-512: the kernel of attention_cpu.cpp, for decoding."""
+"""Attention in float32 on a CPU with AVX2 or AVX-512: the kernels of attention_cpu.cpp, compiled once."""
 
+import functools
 from pathlib import Path
 
 import torch
@@ -10,8 +11,18 @@ from switch_bank.ops import cpu_kernels
 SOURCE = Path(__file__).with_suffix(".cpp")
 
 
-def takes(n: Tensor) -> bool:
-    """Whether the kernel runs here, for a layer's input n [B, T, D]: a token of each stream, float32."""
+def attend(query: Tensor, key: Tensor, value: Tensor, first: Tensor, end: Tensor, scale: float) -> Tensor:
+    """query, key, value: [B, T, H, d] float32. Query t sees keys first[t] to t, and key j is seen by queries j to
+    end[j] - 1; first, end: [B, T] int32, neither falls along T. Returns [B, T, H, d], contiguous.
+
+    A token's result has the same bits wherever its document is packed, whatever comes after it, and on any number of
+    threads."""
+    _load()
+    return torch.ops.switch_bank.attend_slices(query, key, value, first, end, scale)[0]
+
+
+def takes_token(n: Tensor) -> bool:
+    """Whether `attend_token` runs here, for a layer's input n [B, T, D]: a token of each stream, float32."""
     return cpu_kernels.RUN and n.shape[1] == 1 and n.dtype == torch.float32 and n.device.type == "cpu"
 
 
@@ -23,7 +34,46 @@ def attend_token(
 
     keys, values: [B, window, H, d], those of a ring; this token's are written at `place`. mask: of `ring_mask`.
     """
-    cpu_kernels.load(SOURCE, instead="--model.attention-backend reference")
+    _load()
     return torch.ops.switch_bank.attend_token(
         n.contiguous(), qkvo, *rotary, value_embedding, mix, mask, keys, values, place, scale
     )
+
+
+@functools.cache
+def _load_once() -> None:
+    cpu_kernels.load(SOURCE, advice="--model.attention-backend reference does without it")
+    torch.library.register_fake("switch_bank::attend_slices", _outputs)
+    torch.library.register_fake("switch_bank::attend_slices_backward", _gradients)
+    torch.library.register_autograd("switch_bank::attend_slices", _backward, setup_context=_save_for_backward)
+
+
+@torch.compiler.assume_constant_result
+def _load() -> None:
+    """Where a function that attends is compiled, while it is."""
+    _load_once()
+
+
+def _outputs(
+    query: Tensor, key: Tensor, value: Tensor, first: Tensor, end: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    batch, tokens, heads, _ = query.shape
+    return query.new_empty(query.shape), query.new_empty((batch, heads, tokens))
+
+
+def _gradients(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, first: Tensor, end: Tensor, y: Tensor, logsumexp: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _save_for_backward(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)  # nobody asks for that of logsumexp
+
+
+def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
+    gradients = torch.ops.switch_bank.attend_slices_backward(grad, *ctx.saved_tensors, ctx.scale)
+    return *gradients, None, None, None

@@ -58,7 +58,7 @@ class _ExpertFfn(torch.autograd.Function):
 
 @functools.cache
 def _load() -> None:
-    cpu_kernels.load(SOURCE, instead="--model.bank-backend grouped")
+    cpu_kernels.load(SOURCE, advice="--model.bank-backend grouped does without it")
     _register_shapes()
 
 

@@ -25,6 +25,8 @@ constexpr int64_t LANES = Vec::size();
 // A product in registers has this many columns and rows: 16 registers of 32, or 8 of AVX2's 16.
 constexpr int64_t STRIP = 2 * LANES, STRIP_ROWS = LANES / 2;
 
+inline int64_t round_up(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
+
 inline Vec load(const float* from, int64_t count) { return Vec::loadu(from, count); }
 inline void store(float* to, int64_t count, Vec value) { value.store(to, count); }
 
@@ -122,6 +124,34 @@ __attribute__((noinline)) void add_tile(
   for (int m = 0; m < M; ++m) {
     add_to(to + m * to_columns, low, sums[m][0]);
     add_to(to + m * to_columns + low, high, sums[m][1]);
+  }
+}
+
+// ---- products of whole tiles of floats ------------------------------------------------------------------------------
+
+// to [STRIP_ROWS, STRIP] = left·right or, where left is TRANSPOSED, leftᵀ·right, summed over `depth` from first to last.
+template <bool TRANSPOSED>
+__attribute__((noinline)) void multiply_tile(
+    int64_t depth, const float* left, int64_t left_stride, const float* right, int64_t right_stride, float* to,
+    int64_t to_stride) {
+  Vec sums[STRIP_ROWS][2];
+#pragma GCC unroll 16
+  for (int m = 0; m < STRIP_ROWS; ++m) sums[m][0] = sums[m][1] = Vec(0.0f);
+  for (int64_t k = 0; k < depth; ++k) {
+    const Vec a = load(right, LANES), b = load(right + LANES, LANES);
+#pragma GCC unroll 16
+    for (int m = 0; m < STRIP_ROWS; ++m) {
+      const Vec one(left[TRANSPOSED ? m : m * left_stride]);
+      sums[m][0] = at::vec::fmadd(one, a, sums[m][0]);
+      sums[m][1] = at::vec::fmadd(one, b, sums[m][1]);
+    }
+    left += TRANSPOSED ? left_stride : 1;
+    right += right_stride;
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < STRIP_ROWS; ++m) {
+    store(to + m * to_stride, LANES, sums[m][0]);
+    store(to + m * to_stride + LANES, LANES, sums[m][1]);
   }
 }
 

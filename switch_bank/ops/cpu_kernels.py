@@ -23,9 +23,9 @@ BF16 = RUN and CAPABILITY == "AVX512" and torch.cpu._is_avx512_bf16_supported()
 
 
 @functools.cache
-def load(source: Path, instead: str) -> None:
+def load(source: Path, advice: str) -> None:
     """Registers the operators of a C++ file, and compiles it before, in up to 15 s, if this version lies in no cache
-    yet. Raises RuntimeError with the compiler's words, and what does `instead`, if it does not compile."""
+    yet. Raises RuntimeError with `advice` and the compiler's words if it does not compile."""
     torch_folder = Path(torch.__file__).parent
     flags = ["-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-mavx2", "-mfma", "-mf16c"]
     if CAPABILITY == "AVX512":
@@ -47,8 +47,6 @@ def load(source: Path, instead: str) -> None:
                 command = [COMPILER, str(source), "-o", str(built), *flags]
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode:
-                    raise RuntimeError(
-                        f"{COMPILER} does not compile {source.name}; {instead} does without it:\n{done.stderr[-2000:]}"
-                    )
+                    raise RuntimeError(f"{COMPILER} does not compile {source.name}; {advice}:\n{done.stderr[-2000:]}")
                 os.replace(built, library)
     torch.ops.load_library(str(library))

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from switch_bank.ops import attention as ops
+from switch_bank.ops import cpu_kernels
 from switch_bank.ops.attention import BLOCK, _flash_mask, attention, build_mask, choose_backend
 
 SCALE = 0.12
@@ -174,10 +175,7 @@ def test_flash_is_for_bfloat16_on_cuda_where_it_is_installed_and_else_what_auto_
         monkeypatch.setattr(ops, "FLASH_ATTN_INSTALLED", True)
         assert choose_backend(name, cuda, bfloat16, 80) == "flash"
         assert choose_backend(name, cuda, float32, 80) == "flex"
-        assert (choose_backend(name, cpu, float32, 64), choose_backend(name, cpu, bfloat16, 64)) == (
-            "sdpa",
-            "reference",
-        )
+        assert choose_backend(name, cpu, bfloat16, 64) == "reference"
         monkeypatch.setattr(ops, "FLASH_ATTN_INSTALLED", False)
         assert choose_backend(name, cuda, bfloat16, 80) == "flex"
 
@@ -194,10 +192,7 @@ def test_our_kernels_are_for_cuda_where_triton_is_and_takes_the_heads_and_else_t
         for width in (8, 80, 96, 256):
             assert choose_backend(name, cuda, bfloat16, width) == "flex"
         assert choose_backend(name, cuda, torch.float64, 64) == "flex"
-        assert (choose_backend(name, cpu, float32, 64), choose_backend(name, cpu, bfloat16, 64)) == (
-            "sdpa",
-            "reference",
-        )
+        assert choose_backend(name, cpu, bfloat16, 64) == "reference"
         monkeypatch.setattr(ops, "TRITON_INSTALLED", False)
         assert choose_backend(name, cuda, bfloat16, 128) == "flex"
     monkeypatch.setattr(ops, "TRITON_INSTALLED", True)
@@ -205,6 +200,20 @@ def test_our_kernels_are_for_cuda_where_triton_is_and_takes_the_heads_and_else_t
     monkeypatch.setattr(ops, "FLASH_ATTN_INSTALLED", True)
     assert choose_backend("triton", cuda, bfloat16, 128) == "triton"
     assert choose_backend("auto", cuda, bfloat16, 128) == "flash"
+
+
+@pytest.mark.parametrize("name", ["auto", "triton", "flash"])
+def test_on_a_cpu_auto_is_our_kernel_where_it_runs_and_takes_the_dtype(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(cpu_kernels, "RUN", True)
+    assert choose_backend(name, cpu, torch.float32, 20) == "cpu"
+    assert choose_backend(name, cpu, torch.float64, 20) == "sdpa"
+    assert choose_backend(name, cpu, torch.bfloat16, 20) == "reference"
+    assert choose_backend("sdpa", cpu, torch.float32, 20) == "sdpa"
+    monkeypatch.setattr(cpu_kernels, "RUN", False)
+    assert choose_backend(name, cpu, torch.float32, 20) == "sdpa"
 
 
 @settings(deadline=None, max_examples=25)

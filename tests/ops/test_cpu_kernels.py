@@ -15,7 +15,7 @@ def test_a_kernel_that_does_not_compile_says_what_to_do(monkeypatch: pytest.Monk
     broken.write_text("int main() { return nothing; }")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     with pytest.raises(RuntimeError, match=r"(?s)bank_cpu.cpp; --model.bank-backend grouped does.*nothing"):
-        cpu_kernels.load(broken, instead="--model.bank-backend grouped")
+        cpu_kernels.load(broken, advice="--model.bank-backend grouped does without it")
     assert not list((tmp_path / "cache").glob("*.so"))
 
 
@@ -30,6 +30,6 @@ def test_a_kernel_is_compiled_once_and_again_when_what_it_includes_is_another(
     libraries = []
     for text in ("int one() { return 1; }", "int one() { return 1; }", "int two() { return 2; }"):
         header.write_text(text)
-        cpu_kernels.load.__wrapped__(source, instead="nothing")
+        cpu_kernels.load.__wrapped__(source, advice="none")
         libraries.append(len(list(cache.glob("own_*.so"))))
     assert libraries == [1, 1, 2]
