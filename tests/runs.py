@@ -27,7 +27,7 @@ def tiny(shards: Path) -> list[str]:
         "--data.slices-per-step", "8", "--run.tokens-per-forward", "512", "--run.no-compile", "--run.log-every", "1",
         "--run.no-report",
         "--model.vocab-size", "257", "--model.eod-token", str(EOD), "--model.layers", "2", "--model.width", "32",
-        "--model.value-embeddings", "1", "--model.heads", "2", "--model.experts", "4", "--model.expert-width", "32",
+        "--model.value-embeddings", "1", "--model.heads", "2", "--model.experts", "4", "--model.expert-width", "64",
         "--model.dtype", "float32", "--optim.muon-dtype", "float32", "--model.window", "128",
         "--optim.muon-lr", "0.025", "--optim.embedding-lr", "0.3", "--optim.head-lr", "0.01",
         "--run.val-at-seconds",  # at none: what a run does must not depend on the machine's speed

@@ -183,9 +183,9 @@ TAMPERING = {
     ),
     "all data": (r"^(data .*\n)+", "", "data: the log names no file"),
     "a row of the table": (
-        "^(experts +)8,192",
+        "^(experts +)16,384",
         r"\g<1>1,024",
-        "its rows add up to 43,146 and 25,418, its total is 50,314 and 25,418",
+        "its rows add up to 43,146 and 29,514, its total is 58,506 and 29,514",
     ),
     "half a table": (r"^total .*\n", "", "the table of parameters is not whole"),
     "a graph compiled late": (

@@ -4,7 +4,7 @@ A *mask* is what a backend wants to know about who sees whom; it is built once f
 """
 
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions, flex_attention
 
 from switch_bank.ops import TRITON_INSTALLED, attention_cpu, cpu_kernels
+from switch_bank.ops.spans import Spans
 
 BLOCK = 128  # tokens of one side of a flex-attention block
 # Of the backward in bfloat16. On an H200 these take 0.91 of the time of torch's own choice.
@@ -110,13 +111,6 @@ def _to_add(seen: Tensor) -> Tensor:
 def _distance(document: Tensor) -> Tensor:
     position = torch.arange(document.shape[1], device=document.device)
     return position[:, None] - position[None, :]
-
-
-class Spans(NamedTuple):
-    """Who sees whom, as each side sees it; neither falls along T."""
-
-    first: Tensor  # [B, T] int32: the first key that each query sees; its own is the last one
-    end: Tensor  # [B, T] int32: one past the last query that sees each key
 
 
 def _spans(document: Tensor, window: Tensor | int) -> Spans:

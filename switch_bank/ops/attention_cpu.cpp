@@ -172,7 +172,8 @@ Tensor with_rows_together(const Tensor& x) {
 
 Tensor checked_span(const Tensor& side, const Tensor& query) {
   TORCH_CHECK(
-      side.scalar_type() == at::kInt && side.sizes() == query.sizes().slice(0, 2), "attend_slices takes spans [B, T] int32");
+      side.scalar_type() == at::kInt && side.sizes() == query.sizes().slice(0, 2),
+      "attend_slices takes spans [B, T] int32");
   return side.contiguous();
 }
 

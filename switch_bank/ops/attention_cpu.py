@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from switch_bank.ops import cpu_kernels
+from switch_bank.ops.spans import backward_by, gradients, outputs, save_for_backward
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 
@@ -43,37 +44,15 @@ def attend_token(
 @functools.cache
 def _load_once() -> None:
     cpu_kernels.load(SOURCE, advice="--model.attention-backend reference does without it")
-    torch.library.register_fake("switch_bank::attend_slices", _outputs)
-    torch.library.register_fake("switch_bank::attend_slices_backward", _gradients)
-    torch.library.register_autograd("switch_bank::attend_slices", _backward, setup_context=_save_for_backward)
+    torch.library.register_fake("switch_bank::attend_slices", outputs)
+    torch.library.register_fake("switch_bank::attend_slices_backward", gradients)
+    torch.library.register_autograd(
+        "switch_bank::attend_slices", backward_by(torch.ops.switch_bank.attend_slices_backward),
+        setup_context=save_for_backward,
+    )  # fmt: skip
 
 
 @torch.compiler.assume_constant_result
 def _load() -> None:
     """Where a function that attends is compiled, while it is."""
     _load_once()
-
-
-def _outputs(
-    query: Tensor, key: Tensor, value: Tensor, first: Tensor, end: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    batch, tokens, heads, _ = query.shape
-    return query.new_empty(query.shape), query.new_empty((batch, heads, tokens))
-
-
-def _gradients(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, first: Tensor, end: Tensor, y: Tensor, logsumexp: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-
-
-def _save_for_backward(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, *output)
-    ctx.set_materialize_grads(False)  # nobody asks for that of logsumexp
-
-
-def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
-    gradients = torch.ops.switch_bank.attend_slices_backward(grad, *ctx.saved_tensors, ctx.scale)
-    return *gradients, None, None, None

@@ -15,6 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from switch_bank.ops.spans import backward_by, gradients, outputs, save_for_backward
+
 # Tiles and launch of each kernel in bfloat16, the fastest on an H200 (benchmarks/NOTES.md, 30). With these, a Hopper
 # multiprocessor has registers and shared memory for two programs at a time, so that one multiplies while the other has
 # its exponentials to do.
@@ -36,7 +38,7 @@ def forward(
     query: Tensor, key: Tensor, value: Tensor, first: Tensor, end: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """What `attend` returns, and log2 Σ exp(score) of each query, [B, H, T] float32, for the backward."""
-    out, logsumexp = _outputs(query, key, value, first, end, scale)
+    out, logsumexp = outputs(query, key, value, first, end, scale)
     sizes = _sizes(FORWARD, query.dtype)
     queries, keys = sizes["QUERIES"], sizes["KEYS"]
     attend_queries[_grid(query, queries)](
@@ -46,22 +48,13 @@ def forward(
     return out, logsumexp
 
 
-@forward.register_fake
-def _outputs(
-    query: Tensor, key: Tensor, value: Tensor, first: Tensor, end: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    batch, tokens, heads, _ = query.shape
-    return query.new_empty(query.shape), query.new_empty((batch, heads, tokens), dtype=torch.float32)
-
-
 @torch.library.custom_op("switch_bank::attention_backward", mutates_args=())
 def backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor, first: Tensor, end: Tensor,
-    scale: float,
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, first: Tensor, end: Tensor, out: Tensor,
+    logsumexp: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of query, key and value from that of out, contiguous."""
-    gradients = _gradients(grad, query, key, value, out, logsumexp, first, end, scale)
-    query_grad, key_grad, value_grad = gradients
+    results = query_grad, key_grad, value_grad = gradients(grad, query, key, value, first, end, out, logsumexp, scale)
     delta, numbers = torch.empty_like(logsumexp), _numbers(query, scale)
     sizes = _sizes(QUERY_GRADIENTS, query.dtype)
     queries, keys = sizes["QUERIES"], sizes["KEYS"]
@@ -77,30 +70,12 @@ def backward(
         end.contiguous(), logsumexp, delta, _by_head(key_grad, keys), _by_head(value_grad, keys), *numbers, scale,
         **sizes,
     )  # fmt: skip
-    return gradients
+    return results
 
 
-@backward.register_fake
-def _gradients(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor, first: Tensor, end: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-
-
-def _save_for_backward(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, *output)
-    ctx.set_materialize_grads(False)  # nobody asks for that of logsumexp
-
-
-def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
-    query, key, value, first, end, out, logsumexp = ctx.saved_tensors
-    gradients = backward(grad, query, key, value, out, logsumexp, first, end, ctx.scale)
-    return *gradients, None, None, None
-
-
-forward.register_autograd(_backward, setup_context=_save_for_backward)
+forward.register_fake(outputs)
+backward.register_fake(gradients)
+forward.register_autograd(backward_by(backward), setup_context=save_for_backward)
 
 
 def _by_head(x: Tensor, tile: int) -> TensorDescriptor:

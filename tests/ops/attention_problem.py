@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from switch_bank.ops.attention import Spans, attention, build_mask
+from switch_bank.ops.attention import attention, build_mask
+from switch_bank.ops.spans import Spans
 from tests.ops.test_attention import SCALE, random_documents
 
 Results = dict[str, Tensor]

@@ -106,7 +106,7 @@ class TestValues(OwnKernels):
         torch.library.opcheck(attention_triton.forward, (*inputs, *mask, SCALE), test_utils=tests)
         inputs = [x.detach() for x in inputs]
         out, logsumexp = attention_triton.forward(*inputs, *mask, SCALE)
-        arguments = (problem.direction, *inputs, out, logsumexp, *mask, SCALE)
+        arguments = (problem.direction, *inputs, *mask, out, logsumexp, SCALE)
         torch.library.opcheck(attention_triton.backward, arguments, test_utils=tests)
 
 
