@@ -79,12 +79,13 @@ class OwnKernels:
 
     problem: Callable[..., Problem]
     compiler = "inductor"
+    compiled_is_off_by = 0.0  # at most
 
     @pytest.mark.parametrize("shape", SHAPES)
     def test_it_gives_the_values_and_gradients_of_the_reference(self, shape: dict[str, Any]) -> None:
         problem = self.problem(**shape)
         results = problem.with_gradients(problem.attend())
-        assert results["result"].is_contiguous()
+        assert results["result"].dtype == problem.value.dtype and results["result"].is_contiguous()
         assert_equal(results, problem.expected())
 
     def test_scores_of_any_size_give_no_infinity(self) -> None:
@@ -162,4 +163,4 @@ class OwnKernels:
         again = checkpoint(problem.attend, use_reentrant=False, preserve_rng_state=False)
         both = checkpoint(compiled, use_reentrant=False, preserve_rng_state=False)
         for result in (compiled(), again, both):
-            assert_equal(problem.with_gradients(result), plain, 1e-6)
+            assert_equal(problem.with_gradients(result), plain, self.compiled_is_off_by)
