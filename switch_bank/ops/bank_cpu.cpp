@@ -28,7 +28,7 @@ constexpr int64_t ALIGN = 4;  // rows of a block: few enough sizes that oneDNN h
 constexpr int64_t PANEL = 4 * LANES;  // columns of a product; 64 on AVX2, too, made a forward of `record` a fifth slower
 constexpr int64_t TILE = 128;  // rows of a weight's gradient that one core sums up
 
-int64_t even(int64_t rows) { return (rows + 1) / 2 * 2; }
+int64_t even(int64_t rows) { return round_up(rows, 2); }
 
 template <int64_t WIDTH = PANEL, typename Body>
 inline void each_panel(int64_t columns, Body body) {
@@ -126,7 +126,7 @@ struct Plan {
   int64_t operand_rows() const { return segments.empty() ? 0 : segments.back().offset + even(segments.back().rows); }
 };
 
-int64_t padded(int64_t rows) { return (rows + ALIGN - 1) / ALIGN * ALIGN; }
+int64_t padded(int64_t rows) { return round_up(rows, ALIGN); }
 
 // Rows that go through together: many enough blocks that the cores finish together, large enough ones that an expert's
 // matrices, which may come from memory, are read but once or twice, and small enough ones that their activations stay in
