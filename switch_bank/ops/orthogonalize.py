@@ -41,8 +41,8 @@ def orthogonalize(
     https://kellerjordan.github.io/posts/muon/.
     A small singular value grows 147-fold in "turbo" and 485-fold in "plain". The preconditioning wins that back while a
     matrix has many strong directions; where one or two hold nearly all of it, "plain" brings the weak ones closer to 1.
-    backend: who multiplies and scales. "triton" and "cpu", where "auto" takes them, compute half of each symmetric
-    product: for bfloat16 on CUDA, and for small matrices in float32 on a CPU. Else "auto" is "torch".
+    backend: whose kernels. "triton" and "cpu", where "auto" takes them, compute half of each symmetric product: for
+    bfloat16 on CUDA, and for small matrices in float32 on a CPU. Else "auto" is "torch".
     Raises ValueError for fewer than two dimensions, another dtype or an unknown variant.
     """
     if matrices.ndim < 2:
@@ -55,8 +55,11 @@ def orthogonalize(
     if backend == "auto":
         on_gpu = TRITON_INSTALLED and matrices.is_cuda and matrices.dtype == torch.bfloat16
         backend = "triton" if on_gpu else "cpu" if orthogonalize_cpu.takes(matrices) else "torch"
+    x = matrices.reshape(-1, *matrices.shape[-2:])
+    if backend == "cpu":
+        return orthogonalize_cpu.orthogonalize(x, POLYNOMIALS[variant], variant == "turbo").reshape(matrices.shape)
     kernels = _kernels(backend)
-    x = _scale_by_power_of_two(matrices.reshape(-1, *matrices.shape[-2:]), kernels)
+    x = _scale_by_power_of_two(x, kernels)
     gram = kernels.gram(x.mT if tall else x)
     if variant == "turbo":
         scale = _almost_orthogonal_scale(gram, x.size(-2 if tall else -1), kernels)
@@ -66,8 +69,6 @@ def orthogonalize(
         norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
         x = x / norm
         gram = kernels.gram(x.mT if tall else x)
-    if backend == "cpu":
-        return orthogonalize_cpu.newton_schulz(x, gram, POLYNOMIALS[variant]).reshape(matrices.shape)
     for iteration, (a, b, c) in enumerate(POLYNOMIALS[variant]):
         if iteration > 0:
             gram = kernels.gram(x.mT if tall else x)

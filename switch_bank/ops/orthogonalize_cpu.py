@@ -1,4 +1,4 @@
-"""Newton-Schulz iterations of small matrices on a CPU with AVX2 or AVX-512: orthogonalize_cpu.cpp, compiled once."""
+"""Orthogonalization of small matrices on a CPU with AVX2 or AVX-512: orthogonalize_cpu.cpp, compiled once."""
 
 import functools
 from pathlib import Path
@@ -18,15 +18,17 @@ def takes(matrices: Tensor) -> bool:
     return of_cpu and matrices.shape[-2:].numel() <= LARGEST
 
 
-def newton_schulz(x: Tensor, gram: Tensor, polynomials: tuple[tuple[float, float, float], ...]) -> Tensor:
-    """x: [n, rows, cols] float32, and `gram` [n, m, m], the products of the vectors of its shorter side: X·Xᵀ, or XᵀX
-    where it is tall. Returns x after X <- aX + b(XXᵀ)X + c(XXᵀ)²X for each (a, b, c); a matrix has the same bits
-    whatever is beside it, and on any number of threads."""
+def orthogonalize(
+    matrices: Tensor, polynomials: tuple[tuple[float, float, float], ...], almost_orthogonal: bool
+) -> Tensor:
+    """`ops.orthogonalize.orthogonalize` of matrices [n, rows, cols] float32, with the preconditioning of "turbo" if
+    `almost_orthogonal`, else that of "plain". A matrix has the same bits whatever is beside it, and on any number of
+    threads."""
     _load()
-    return torch.ops.switch_bank.newton_schulz(x, gram, torch.tensor(polynomials))
+    return torch.ops.switch_bank.orthogonalize(matrices, torch.tensor(polynomials), almost_orthogonal)
 
 
 @functools.cache
 def _load() -> None:
     cpu_kernels.load(SOURCE, advice="set CXX to another compiler")
-    torch.library.register_fake("switch_bank::newton_schulz", lambda x, gram, polynomials: x.new_empty(x.shape))
+    torch.library.register_fake("switch_bank::orthogonalize", lambda matrices, *_: matrices.new_empty(matrices.shape))
