@@ -20,8 +20,8 @@ class Routing(NamedTuple):
     gates: Tensor  # [B, T, K] router dtype; 0 for a pick beyond the active experts
     probabilities: Tensor  # [B, T, E] router dtype; softmax or sigmoid of the capped logits, 0 for inactive experts
     logits: Tensor  # [B, T, E] before noise, temperature and cap
-    capped: Tensor  # [B, T, E] what the probabilities are taken of
-    choice: Tensor  # [B, T, E] the values that the top-K was taken of, -inf for inactive experts
+    capped: Tensor  # [B, T, E] what the probabilities are taken of, without a gradient
+    choice: Tensor  # [B, T, E] the values that the top-K was taken of, -inf for inactive experts; without a gradient
 
 
 class RoutingSums(NamedTuple):
@@ -125,17 +125,18 @@ class Routers(nn.Module):
         logits = self._product(n, router.weight[..., : config.width]) + context
         noisy = logits if noise is None else logits + noise
         values = noisy / (state.temperature * router.temperature_factor)
-        choice = values + router.balance_bias if config.balance == "bias" else values
+        choice = values.detach()  # no gradient goes through which experts are best, nor is one made of zeros
+        choice = choice + router.balance_bias if config.balance == "bias" else choice
         choice = choice.masked_fill(~active, -torch.inf)
         # argmax, because topk took three times as long for one expert of 16 on a CPU.
         experts = choice.argmax(-1, keepdim=True) if config.top_k == 1 else choice.topk(config.top_k, dim=-1).indices
         # Chosen by the values, weighed by the capped ones: at a low cap many tie, and a tie goes to the lower index.
-        capped = torch.clamp(values, -state.cap, state.cap)
+        capped = _Capped.apply(values, state.cap)
         if config.score == "softmax":
             probabilities = torch.softmax(capped.masked_fill(~active, -torch.inf), dim=-1)
         else:
             probabilities = torch.sigmoid(capped) * active
-        return Routing(experts, probabilities.gather(-1, experts), probabilities, logits, capped, choice)
+        return Routing(experts, probabilities.gather(-1, experts), probabilities, logits, capped.detach(), choice)
 
     def _product(self, x: Tensor, weight: Tensor) -> Tensor:
         """x [B, T, ·] times weightᵀ, in float32 whatever the dtype of activations, or in float64."""
@@ -221,6 +222,22 @@ class Routers(nn.Module):
         """Switches off the active experts whose share of the bank's picks is under `below` of an even share."""
         counts = pick_counts.sum(0) * active
         self.pruned |= active & (counts * active.sum() < below * counts.sum())
+
+
+class _Capped(torch.autograd.Function):
+    """clamp(x, -cap, cap). The gradient of torch's own keeps a bool for each number, which a compiled part writes one by
+    one on a CPU: that took half of a router's time."""
+
+    @staticmethod
+    def forward(ctx, x, cap):  # type: ignore[no-untyped-def]
+        capped = torch.clamp(x, -cap, cap)
+        ctx.save_for_backward(capped, cap)
+        return capped
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        capped, cap = ctx.saved_tensors
+        return torch.where(capped.abs() < cap, grad, 0.0), None
 
 
 def _one_hot_mean(experts: Tensor, count: int) -> Tensor:
