@@ -1,16 +1,9 @@
 // The bank's feed-forward on a CPU with AVX2 or AVX-512: y = Σ_k gate_k · W2[e_k]·relu²(W1[e_k]·(scale·x + bias)).
 //
 // Rows go through in blocks of one expert each, all of a block on one core: gathered, multiplied, gated and written to
-// their place while they are in its cache. Products of rows and matrices are oneDNN's, in one thread each, by way of
-// at::native::cpublas; those of rows and rows, the gradients of the matrices, take both as they are, and are our own.
-// Cores take blocks as they get free, but no sum depends on which core took what: the same bits for any thread count.
-//
-// T is the type of the activations, float or, with AVX-512's products of them, BFloat16; sums are float. A matrix [k, n]
-// that stands at the right of a product lies in panels [k, PANEL], one behind the other: rows further apart would share
-// a few lines of the cache where n is a power of two. In BFloat16 a panel lies in pairs of rows, [k/2, PANEL, 2], as dot
-// products read it.
+// their place while they are in its cache. T is the type of the activations, float or, with AVX-512's products of them,
+// BFloat16; sums are float.
 
-#include <ATen/native/CPUBlas.h>
 #include <torch/library.h>
 
 #include <numeric>
@@ -19,76 +12,7 @@
 
 namespace {
 
-using at::BFloat16;
-namespace blas = at::native::cpublas;
-
-thread_local Scratch of_call;  // while one call lasts
-
 constexpr int64_t ALIGN = 4;  // rows of a block: few enough sizes that oneDNN has compiled them all soon
-constexpr int64_t PANEL = 4 * LANES;  // columns of a product; 64 on AVX2, too, made a forward of `record` a fifth slower
-constexpr int64_t TILE = 128;  // rows of a weight's gradient that one core sums up
-
-int64_t even(int64_t rows) { return round_up(rows, 2); }
-
-template <int64_t WIDTH = PANEL, typename Body>
-inline void each_panel(int64_t columns, Body body) {
-  for (int64_t at = 0; at < columns; at += WIDTH) body(at, std::min(WIDTH, columns - at));
-}
-
-inline void put_panel(const float* from, int64_t stride, float* to, int64_t rows, int64_t columns) {
-  for (int64_t r = 0; r < rows; ++r) std::copy(from + r * stride, from + r * stride + columns, to + r * columns);
-}
-#ifdef __AVX512BF16__
-inline void put_panel(const BFloat16* from, int64_t stride, BFloat16* to, int64_t rows, int64_t columns) {
-  const int64_t in_pairs = rows / 2 * 2;
-  at::vec::pack_vnni2(from, to, stride, in_pairs, columns);
-  if (in_pairs < rows)
-    each_vec(columns, [&](int64_t c, int64_t count) {
-      const __m256i row = _mm256_maskz_loadu_epi16(lanes(count), from + in_pairs * stride + c);
-      _mm512_mask_storeu_epi32(to + in_pairs * columns + 2 * c, lanes(count), _mm512_cvtepu16_epi32(row));
-    });
-}
-#endif
-
-// Rows first, first + 1, ... of a matrix [k, n], as it stands at the right of a product. from: [rows, n].
-template <int64_t WIDTH = PANEL, typename T>
-void as_right(const T* from, T* to, int64_t first, int64_t rows, int64_t k, int64_t n) {
-  each_panel<WIDTH>(n, [&](int64_t at, int64_t columns) {
-    put_panel(from + at, n, to + at * k + first * columns, rows, columns);
-  });
-}
-
-// c [m, n] = a [m, k]·b [k, n].
-template <typename T>
-void multiply(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_stride, const T* b, float* c) {
-  each_panel(n, [&](int64_t at, int64_t columns) {
-    blas::brgemm(m, columns, k, a_stride, columns, n, false, a, b + at * k, c + at, sizeof(T) == 2);
-  });
-}
-
-// ---- products of rows and rows -------------------------------------------------------------------------------------
-
-// Both operands lie in panels of STRIP columns, as_right<STRIP> has them, of even(rows) rows.
-
-// to [end - begin, n] += leftᵀ·right, of the columns from begin to end of left [rows, m], and right [rows, n].
-template <typename T, typename Sum>
-void add_product(
-    int64_t rows, const T* left, int64_t m, int64_t begin, int64_t end, const T* right, int64_t n, Sum* to) {
-  each_panel<STRIP>(n, [&](int64_t at, int64_t columns) {
-    const T* own_right = right + at * even(rows);
-    for (int64_t row = begin; row < end;) {
-      const int64_t panel = row / STRIP * STRIP, left_columns = std::min(STRIP, m - panel);
-      const T* own_left = left + panel * even(rows) + (row - panel) * int64_t(sizeof(float) / sizeof(T));
-      const auto tile = [&]<int M, bool WHOLE>() {
-        add_tile<M, WHOLE>(rows, own_left, left_columns, own_right, columns, to + (row - begin) * n + at, n);
-        row += M;
-      };
-      if (std::min(end, panel + left_columns) - row < STRIP_ROWS) tile.template operator()<1, false>();
-      else if (columns == STRIP) tile.template operator()<STRIP_ROWS, true>();
-      else tile.template operator()<STRIP_ROWS, false>();
-    }
-  });
-}
 
 // ---- which rows are multiplied together ----------------------------------------------------------------------------
 
@@ -462,44 +386,6 @@ void sum_adapter_parts(const Plan& plan, const float* parts, int64_t width, floa
 }
 
 // ---- the operators -------------------------------------------------------------------------------------------------
-
-template <typename Body>
-void with_type(at::ScalarType type, Body body) {
-  if (type == at::kFloat) return body(float());
-#ifdef __AVX512BF16__
-  if (type == at::kBFloat16) return body(BFloat16());
-#endif
-  TORCH_CHECK(false, "the bank's kernel for CPUs takes no ", type, " on this one");
-}
-
-// w [E, R, C] float32 as it stands at the right of x·wᵀ, [E, C, R], and of x·w, [E, R, C]; both of `type`.
-std::tuple<Tensor, Tensor> arrange(const Tensor& weights, at::ScalarType type) {
-  const Tensor w = weights.contiguous();
-  const int64_t experts = w.size(0), rows = w.size(1), columns = w.size(2);
-  Tensor transposed = at::empty({experts, columns, rows}, w.options().dtype(type));
-  Tensor straight = at::empty({experts, rows, columns}, w.options().dtype(type));
-  const float* from = w.const_data_ptr<float>();
-  const int64_t strips = (rows + PANEL - 1) / PANEL;
-  with_type(type, [&](auto zero) {
-    using T = decltype(zero);
-    share(experts * strips, [&] {
-      T* cast = of_core.fresh().take<T>(PANEL * columns);
-      return [&, cast](int64_t task) {
-        const int64_t expert = task / strips, begin = task % strips * PANEL, own_rows = std::min(PANEL, rows - begin);
-        const int64_t of_expert = expert * rows * columns, of_strip = of_expert + begin * columns;
-        each_vec(own_rows * columns, [&](int64_t i, int64_t count) {
-          store(cast + i, count, load(from + of_strip + i, count));
-        });
-        as_right(cast, straight.data_ptr<T>() + of_expert, begin, own_rows, rows, columns);
-        // Words of 32 bits are transposed: pairs of columns of BFloat16 become pairs of rows.
-        const int64_t words = columns * int64_t(sizeof(T)) / int64_t(sizeof(float));
-        float* to = reinterpret_cast<float*>(transposed.data_ptr<T>() + of_strip);
-        transpose(reinterpret_cast<float*>(cast), words, to, own_rows, own_rows, words);
-      };
-    });
-  });
-  return {transposed, straight};
-}
 
 std::tuple<Tensor, Tensor> forward_op(
     const Tensor& x, const Tensor& experts, const Tensor& gates, const Tensor& scale, const Tensor& bias,

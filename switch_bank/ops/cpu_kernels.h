@@ -1,5 +1,5 @@
-// What the kernels for CPUs with AVX2 or AVX-512 have in common: vectors of floats, a product in registers, and how cores
-// share work. No sum depends on which core took what: the same bits for any thread count.
+// What the kernels for CPUs with AVX2 or AVX-512 have in common: vectors of floats, products, and how cores share work.
+// Cores take tasks as they get free, but no sum depends on which core took what: the same bits for any thread count.
 
 #pragma once
 
@@ -16,6 +16,7 @@
 
 namespace {
 
+using at::BFloat16;
 using at::Tensor;
 
 // ---- rows of numbers, LANES at a time ------------------------------------------------------------------------------
@@ -26,18 +27,19 @@ constexpr int64_t LANES = Vec::size();
 constexpr int64_t STRIP = 2 * LANES, STRIP_ROWS = LANES / 2;
 
 inline int64_t round_up(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
+inline int64_t even(int64_t rows) { return round_up(rows, 2); }
 
 inline Vec load(const float* from, int64_t count) { return Vec::loadu(from, count); }
 inline void store(float* to, int64_t count, Vec value) { value.store(to, count); }
 
 #ifdef __AVX512BF16__
 inline __mmask16 lanes(int64_t count) { return __mmask16((1u << count) - 1); }
-inline Vec load(const at::BFloat16* from, int64_t count) {
+inline Vec load(const BFloat16* from, int64_t count) {
   __m512 value;
   at::vec::cvtbf16_fp32(_mm256_maskz_loadu_epi16(lanes(count), from), value);
   return value;
 }
-inline void store(at::BFloat16* to, int64_t count, Vec value) {
+inline void store(BFloat16* to, int64_t count, Vec value) {
   _mm256_mask_storeu_epi16(to, lanes(count), __m256i(_mm512_cvtneps_pbh(value)));
 }
 #endif
@@ -65,7 +67,53 @@ void transpose(const float* from, int64_t from_stride, float* to, int64_t to_str
     }
 }
 
-// ---- products of rows and rows -------------------------------------------------------------------------------------
+// ---- products of rows and a matrix ---------------------------------------------------------------------------------
+
+// They are oneDNN's, in one thread each, by way of at::native::cpublas. A matrix [k, n] that stands at their right lies in
+// panels [k, PANEL], one behind the other: rows further apart would share a few lines of the cache where n is a power of
+// two. In BFloat16 a panel lies in pairs of rows, [k/2, PANEL, 2], as dot products read it.
+
+namespace blas = at::native::cpublas;
+
+constexpr int64_t PANEL = 4 * LANES;  // columns of a product; 64 on AVX2, too, made a forward of `record` a fifth slower
+
+template <int64_t WIDTH = PANEL, typename Body>
+inline void each_panel(int64_t columns, Body body) {
+  for (int64_t at = 0; at < columns; at += WIDTH) body(at, std::min(WIDTH, columns - at));
+}
+
+inline void put_panel(const float* from, int64_t stride, float* to, int64_t rows, int64_t columns) {
+  for (int64_t r = 0; r < rows; ++r) std::copy(from + r * stride, from + r * stride + columns, to + r * columns);
+}
+#ifdef __AVX512BF16__
+inline void put_panel(const BFloat16* from, int64_t stride, BFloat16* to, int64_t rows, int64_t columns) {
+  const int64_t in_pairs = rows / 2 * 2;
+  at::vec::pack_vnni2(from, to, stride, in_pairs, columns);
+  if (in_pairs < rows)
+    each_vec(columns, [&](int64_t c, int64_t count) {
+      const __m256i row = _mm256_maskz_loadu_epi16(lanes(count), from + in_pairs * stride + c);
+      _mm512_mask_storeu_epi32(to + in_pairs * columns + 2 * c, lanes(count), _mm512_cvtepu16_epi32(row));
+    });
+}
+#endif
+
+// Rows first, first + 1, ... of a matrix [k, n], as it stands at the right of a product. from: [rows, n].
+template <int64_t WIDTH = PANEL, typename T>
+void as_right(const T* from, T* to, int64_t first, int64_t rows, int64_t k, int64_t n) {
+  each_panel<WIDTH>(n, [&](int64_t at, int64_t columns) {
+    put_panel(from + at, n, to + at * k + first * columns, rows, columns);
+  });
+}
+
+// c [m, n] = a [m, k]·b [k, n].
+template <typename T>
+void multiply(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_stride, const T* b, float* c) {
+  each_panel(n, [&](int64_t at, int64_t columns) {
+    blas::brgemm(m, columns, k, a_stride, columns, n, false, a, b + at * k, c + at, sizeof(T) == 2);
+  });
+}
+
+// ---- products of rows and rows, such as gradients of matrices -------------------------------------------------------
 
 // A vector of floats, or of pairs of BFloat16, in which two rows lie together.
 template <typename T>
@@ -79,7 +127,7 @@ inline Vec everywhere(const T* from) {
 template <typename T>
 inline Vec add_products(Vec a, Vec b, Vec sum) {
 #ifdef __AVX512BF16__
-  if constexpr (std::is_same_v<T, at::BFloat16>) return _mm512_dpbf16_ps(sum, __m512bh(__m512(a)), __m512bh(__m512(b)));
+  if constexpr (std::is_same_v<T, BFloat16>) return _mm512_dpbf16_ps(sum, __m512bh(__m512(a)), __m512bh(__m512(b)));
 #endif
   return at::vec::fmadd(a, b, sum);
 }
@@ -125,6 +173,30 @@ __attribute__((noinline)) void add_tile(
     add_to(to + m * to_columns, low, sums[m][0]);
     add_to(to + m * to_columns + low, high, sums[m][1]);
   }
+}
+
+constexpr int64_t TILE = 128;  // rows of such a gradient that one core sums up
+
+// Both operands lie in panels of STRIP columns, as_right<STRIP> has them, of even(rows) rows.
+//
+// to [end - begin, n] += leftᵀ·right, of the columns from begin to end of left [rows, m], and right [rows, n].
+template <typename T, typename Sum>
+void add_product(
+    int64_t rows, const T* left, int64_t m, int64_t begin, int64_t end, const T* right, int64_t n, Sum* to) {
+  each_panel<STRIP>(n, [&](int64_t at, int64_t columns) {
+    const T* own_right = right + at * even(rows);
+    for (int64_t row = begin; row < end;) {
+      const int64_t panel = row / STRIP * STRIP, left_columns = std::min(STRIP, m - panel);
+      const T* own_left = left + panel * even(rows) + (row - panel) * int64_t(sizeof(float) / sizeof(T));
+      const auto tile = [&]<int M, bool WHOLE>() {
+        add_tile<M, WHOLE>(rows, own_left, left_columns, own_right, columns, to + (row - begin) * n + at, n);
+        row += M;
+      };
+      if (std::min(end, panel + left_columns) - row < STRIP_ROWS) tile.template operator()<1, false>();
+      else if (columns == STRIP) tile.template operator()<STRIP_ROWS, true>();
+      else tile.template operator()<STRIP_ROWS, false>();
+    }
+  });
 }
 
 // ---- products of whole tiles of floats ------------------------------------------------------------------------------
@@ -191,5 +263,46 @@ class Scratch {
 };
 
 thread_local Scratch of_core;  // while a core works on one task after another
+thread_local Scratch of_call;  // while one call lasts
+
+// ---- matrices, for products of rows and them ------------------------------------------------------------------------
+
+template <typename Body>
+void with_type(at::ScalarType type, Body body) {
+  if (type == at::kFloat) return body(float());
+#ifdef __AVX512BF16__
+  if (type == at::kBFloat16) return body(BFloat16());
+#endif
+  TORCH_CHECK(false, "the kernels for CPUs take no ", type, " on this one");
+}
+
+// w [E, R, C] float32 as it stands at the right of x·wᵀ, [E, C, R], and of x·w, [E, R, C]; both of `type`.
+std::tuple<Tensor, Tensor> arrange(const Tensor& weights, at::ScalarType type) {
+  const Tensor w = weights.contiguous();
+  const int64_t experts = w.size(0), rows = w.size(1), columns = w.size(2);
+  Tensor transposed = at::empty({experts, columns, rows}, w.options().dtype(type));
+  Tensor straight = at::empty({experts, rows, columns}, w.options().dtype(type));
+  const float* from = w.const_data_ptr<float>();
+  const int64_t strips = (rows + PANEL - 1) / PANEL;
+  with_type(type, [&](auto zero) {
+    using T = decltype(zero);
+    share(experts * strips, [&] {
+      T* cast = of_core.fresh().take<T>(PANEL * columns);
+      return [&, cast](int64_t task) {
+        const int64_t expert = task / strips, begin = task % strips * PANEL, own_rows = std::min(PANEL, rows - begin);
+        const int64_t of_expert = expert * rows * columns, of_strip = of_expert + begin * columns;
+        each_vec(own_rows * columns, [&](int64_t i, int64_t count) {
+          store(cast + i, count, load(from + of_strip + i, count));
+        });
+        as_right(cast, straight.data_ptr<T>() + of_expert, begin, own_rows, rows, columns);
+        // Words of 32 bits are transposed: pairs of columns of BFloat16 become pairs of rows.
+        const int64_t words = columns * int64_t(sizeof(T)) / int64_t(sizeof(float));
+        float* to = reinterpret_cast<float*>(transposed.data_ptr<T>() + of_strip);
+        transpose(reinterpret_cast<float*>(cast), words, to, own_rows, own_rows, words);
+      };
+    });
+  });
+  return {transposed, straight};
+}
 
 }  // namespace
