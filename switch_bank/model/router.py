@@ -225,8 +225,8 @@ class Routers(nn.Module):
 
 
 class _Capped(torch.autograd.Function):
-    """clamp(x, -cap, cap). The gradient of torch's own keeps a bool for each number, which a compiled part writes one by
-    one on a CPU: that took half of a router's time."""
+    """clamp(x, -cap, cap). For its gradient torch's own keeps a bool for each number, which a compiled part writes one
+    by one on a CPU: that took half of a router's time."""
 
     @staticmethod
     def forward(ctx, x, cap):  # type: ignore[no-untyped-def]

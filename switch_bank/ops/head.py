@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from switch_bank.ops import head_cpu
+
 CAP = 15.0  # of the logits' magnitude
 CHUNK_LOGITS = 2**28  # that are held at a time, at most: 512 MB of bfloat16
 BLOCK = 128  # tokens: divides every slice
@@ -30,7 +32,8 @@ def chunked_head_losses(x: Tensor, head: Tensor, targets: Tensor) -> tuple[Tenso
 
     Returns the sum of the cross-entropies over the targets (0-dim) and each of them [N], 0 where ignored, both float32
     (float64 for float64); only the sum has a gradient. A few tokens' logits are held at a time: the gradient, but for
-    the factor that the sum's own gradient is, is computed with them in the forward.
+    the factor that the sum's own gradient is, is computed with them in the forward. Float32 on a CPU goes through
+    `head_cpu`, where that runs.
     """
     return _ChunkedLosses.apply(x, head, targets)
 
@@ -38,38 +41,51 @@ def chunked_head_losses(x: Tensor, head: Tensor, targets: Tensor) -> tuple[Tenso
 class _ChunkedLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, head, targets):  # type: ignore[no-untyped-def]
-        microbatches = 1 if head.ndim == 2 else len(head)
-        together, chunks = _chunks(len(x) // microbatches, microbatches, head.shape[-2])
-        weight = (head if head.ndim == 2 else head[0]).to(x.dtype)
-        wants_gradient = any(ctx.needs_input_grad[:2])
-        losses, x_gradients, head_gradients = [], [], []
-        groups = microbatches // together
-        for x_of_group, targets_of_group in zip(x.chunk(groups), targets.chunk(groups), strict=True):
-            of_chunks = zip(x_of_group.chunk(chunks), targets_of_group.chunk(chunks), strict=True)
-            for chunk, (some_x, some_targets) in enumerate(of_chunks):
-                some_losses, z_gradient = _losses_and_gradient(some_x, weight, some_targets)
-                losses.append(some_losses)
-                if wants_gradient:
-                    x_gradients.append(z_gradient @ weight)
-                    if head.ndim == 3:
-                        some_x, z_gradient = (rows.unflatten(0, (together, -1)) for rows in (some_x, z_gradient))
-                    of_chunk = (z_gradient.mT @ some_x).to(head.dtype)
-                    if chunk == 0:
-                        head_gradients.append(of_chunk)
-                    else:
-                        head_gradients[-1] = head_gradients[-1] + of_chunk
-        all_losses = torch.cat(losses)
-        ctx.mark_non_differentiable(all_losses)
-        if wants_gradient:
-            head_gradient = torch.cat(head_gradients) if groups > 1 else head_gradients[0]  # to cat one would copy it
-            ctx.save_for_backward(torch.cat(x_gradients), head_gradient)
+        gradients = any(ctx.needs_input_grad[:2])
+        if head_cpu.takes(x):
+            weight, microbatches = (head, 1) if head.ndim == 2 else (head[0], len(head))
+            losses, x_gradient, head_gradient = head_cpu.losses_and_gradients(
+                x, weight, targets, microbatches, CAP, IGNORE, gradients
+            )
+        else:
+            losses, x_gradient, head_gradient = _in_chunks(x, head, targets, gradients)
+        ctx.mark_non_differentiable(losses)
+        if gradients:
+            ctx.save_for_backward(x_gradient, head_gradient.view(head.shape))
         # In float64, so that the sum does not depend on its order, which threads change.
-        return all_losses.sum(dtype=torch.float64).to(all_losses.dtype), all_losses
+        return losses.sum(dtype=torch.float64).to(losses.dtype), losses
 
     @staticmethod
     def backward(ctx, grad, _):  # type: ignore[no-untyped-def]
         x_gradient, head_gradient = ctx.saved_tensors
         return (x_gradient * grad).to(x_gradient.dtype), head_gradient * grad, None
+
+
+def _in_chunks(x: Tensor, head: Tensor, targets: Tensor, gradients: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Each token's loss, and the gradients of their sum, where asked for, else nothing, as `head_cpu` has them."""
+    microbatches = 1 if head.ndim == 2 else len(head)
+    together, chunks = _chunks(len(x) // microbatches, microbatches, head.shape[-2])
+    weight = (head if head.ndim == 2 else head[0]).to(x.dtype)
+    losses, x_gradients, head_gradients = [], [], []
+    groups = microbatches // together
+    for x_of_group, targets_of_group in zip(x.chunk(groups), targets.chunk(groups), strict=True):
+        of_chunks = zip(x_of_group.chunk(chunks), targets_of_group.chunk(chunks), strict=True)
+        for chunk, (some_x, some_targets) in enumerate(of_chunks):
+            some_losses, z_gradient = _losses_and_gradient(some_x, weight, some_targets)
+            losses.append(some_losses)
+            if gradients:
+                x_gradients.append(z_gradient @ weight)
+                if head.ndim == 3:
+                    some_x, z_gradient = (rows.unflatten(0, (together, -1)) for rows in (some_x, z_gradient))
+                of_chunk = (z_gradient.mT @ some_x).to(head.dtype)
+                if chunk == 0:
+                    head_gradients.append(of_chunk)
+                else:
+                    head_gradients[-1] = head_gradients[-1] + of_chunk
+    if not gradients:
+        return torch.cat(losses), x[:0], head[:0]
+    head_gradient = torch.cat(head_gradients) if groups > 1 else head_gradients[0]  # to cat one would copy it
+    return torch.cat(losses), torch.cat(x_gradients), head_gradient
 
 
 def _chunks(tokens: int, microbatches: int, vocab: int) -> tuple[int, int]:

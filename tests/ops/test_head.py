@@ -95,7 +95,7 @@ def test_chunks_are_equal_and_of_whole_blocks_where_that_makes_at_most_twice_as_
     monkeypatch.setattr(
         head, "_losses_and_gradient", lambda x, weight, targets: sizes.append(len(x)) or of_chunk(x, weight, targets)
     )
-    chunked_head_losses(*problem(tokens, torch.float32))
+    chunked_head_losses(*problem(tokens, torch.float64))
     assert sizes == chunks
 
 
