@@ -12,6 +12,7 @@
 
 namespace {
 
+constexpr int64_t AHEAD = 6;  // rows from asking for one to its turn
 constexpr int64_t ALIGN = 4;  // rows of a block: few enough sizes that oneDNN has compiled them all soon
 
 // ---- which rows are multiplied together ----------------------------------------------------------------------------
@@ -46,6 +47,10 @@ struct Plan {
     int64_t sum = 0;
     for (int64_t i = first_block[expert]; i < first_block[expert + 1]; ++i) sum += blocks[i].rows;
     return sum;
+  }
+  // The pick AHEAD of that in a block's row r: rows that are picked lie anywhere, and are asked for before their turn.
+  int64_t ahead(const Block& block, int64_t r) const {
+    return picks[block.first + std::min(r + AHEAD, block.rows - 1)];
   }
   int64_t operand_rows() const { return segments.empty() ? 0 : segments.back().offset + even(segments.back().rows); }
 };
@@ -109,6 +114,11 @@ Plan make_plan(const Tensor& chosen, int64_t experts, int64_t microbatches) {
   return plan;
 }
 
+template <bool WRITTEN, typename T>
+void prefetch(const T* row, int64_t width) {
+  for (int64_t c = 0; c < width; c += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + c, WRITTEN);
+}
+
 // ---- what one layer's call is given --------------------------------------------------------------------------------
 
 template <typename T>
@@ -128,6 +138,7 @@ struct Layer {
   // The rows of a block as its expert sees them, zeros behind the last one. to: [padded, D].
   void gather(const Plan& plan, const Block& block, T* to) const {
     for (int64_t r = 0; r < block.rows; ++r) {
+      prefetch<false>(x + plan.ahead(block, r) / top_k * width, width);
       const T* from = x + plan.picks[block.first + r] / top_k * width;
       if (scale == nullptr) {
         std::copy(from, from + width, to + r * width);
@@ -153,6 +164,11 @@ struct PickSums {
   PickSums(Tensor& result, int64_t top_k)
       : width(result.size(1)), top_k(top_k), to(result.data_ptr<T>()),
         parts(at::empty({top_k == 1 ? 0 : result.size(0) * top_k, width}, at::kFloat)) {}
+
+  void expect(int64_t pick) const {
+    if (top_k == 1) prefetch<true>(to + pick * width, width);
+    else prefetch<true>(parts.const_data_ptr<float>() + pick * width, width);
+  }
 
   template <typename Value>
   void put(int64_t pick, Value value) {
@@ -202,6 +218,7 @@ void forward(
       multiply(block.padded, width, hidden, squares, hidden, w2 + block.expert * width * hidden, outer);
       for (int64_t r = 0; r < block.rows; ++r) {
         const int64_t pick = plan.picks[block.first + r];
+        sums.expect(plan.ahead(block, r));
         const Vec gate(layer.gates[pick]);
         sums.put(pick, [&](int64_t c, int64_t count) {
           return gate * load(outer + r * width + c, count);
@@ -253,6 +270,7 @@ struct Backward {
           operands.put(*segment, from + (segment->first - block.first) * columns, to, columns);
       };
       for (int64_t r = 0; r < block.rows; ++r) {
+        prefetch<false>(grad_y + plan.ahead(block, r) / layer.top_k * width, width);
         const T* from = grad_y + plan.picks[block.first + r] / layer.top_k * width;
         std::copy(from, from + width, rows + r * width);
       }
@@ -289,6 +307,7 @@ struct Backward {
         if (scale != nullptr) std::fill(grad_scale, grad_scale + 2 * width, 0.0f);
         for (int64_t r = segment->first - block.first; r < segment->first - block.first + segment->rows; ++r) {
           const int64_t pick = plan.picks[block.first + r];
+          grad_x.expect(plan.ahead(block, r));
           const T* x = layer.x + pick / layer.top_k * width;
           grad_x.put(pick, [&](int64_t c, int64_t count) {
             const Vec grad = load(outer + r * width + c, count);
