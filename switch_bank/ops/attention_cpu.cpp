@@ -20,10 +20,6 @@ namespace {
 constexpr int64_t BLOCK = 32;
 static_assert(BLOCK % STRIP == 0 && STRIP % STRIP_ROWS == 0);
 
-inline float sum_of(Vec values) {
-  return at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return a + b; }, values);
-}
-
 // One head of a slice of a tensor [B, T, H, d].
 template <typename T>
 struct Rows {

@@ -288,7 +288,7 @@ struct Backward {
           grad_gate = at::vec::fmadd(square, grad, grad_gate);
           store(grad_hidden + r * hidden + c, count, gate * grad * (value + value));
         });
-        grad_gates[pick] = at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return a + b; }, grad_gate);
+        grad_gates[pick] = sum_of(grad_gate);
         each_vec(width, [&](int64_t c, int64_t count) {
           store(rows + r * width + c, count, gate * load(rows + r * width + c, count));
         });

@@ -51,6 +51,10 @@ inline void each_vec(int64_t count, Body body) {
   if (at < count) body(at, count - at);
 }
 
+inline float sum_of(Vec values) {
+  return at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return a + b; }, values);
+}
+
 // from [rows, columns] to [columns, rows].
 void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride, int64_t rows, int64_t columns) {
   constexpr int64_t SIDE = 16;

@@ -21,7 +21,8 @@ struct Losses {
   const int64_t* targets;
   float *losses, *grad_x;  // grad_x null: no gradients
 
-  // z [vocab], one row of x·headᵀ, to the gradient of its loss, which is returned. factor: scratch [vocab].
+  // z [vocab], one row of x·headᵀ, to the gradient of its loss, where that is asked for. factor: scratch [vocab].
+  // Returns the loss.
   float loss_and_gradient(float* z, int64_t target, float* factor) const {
     if (target == ignore) {
       std::fill(z, z + vocab, 0.0f);
@@ -41,14 +42,16 @@ struct Losses {
         store(factor + at, count, inverse * inverse * inverse);
         part = part + Vec::set(Vec(0.0f), exponential, count);
       });
-      sum += at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return a + b; }, part);
+      sum += sum_of(part);
     }
-    const float cube_of_cap = cap * cap * cap;
-    const Vec by_sum(float(cube_of_cap / sum));
-    each_vec(vocab, [&](int64_t i, int64_t count) {
-      store(z + i, count, by_sum * load(z + i, count) * load(factor + i, count));
-    });
-    z[target] -= cube_of_cap * factor[target];
+    if (grad_x != nullptr) {
+      const float cube_of_cap = cap * cap * cap;
+      const Vec by_sum(float(cube_of_cap / sum));
+      each_vec(vocab, [&](int64_t i, int64_t count) {
+        store(z + i, count, by_sum * load(z + i, count) * load(factor + i, count));
+      });
+      z[target] -= cube_of_cap * factor[target];
+    }
     return float(std::log(sum)) - cap * z_of_target / std::sqrt(z_of_target * z_of_target + cap * cap);
   }
 
@@ -82,9 +85,8 @@ std::tuple<Tensor, Tensor, Tensor> head_losses(
       gradients ? grad_x.data_ptr<float>() : nullptr};
   // What the head's gradient is a product of, of a chunk: whole blocks, the last of which may be short.
   const int64_t chunk = std::max(CHUNK_ROWS, CHUNK_LOGITS / vocab / ROWS * ROWS);
-  of_call.fresh();
-  float* left = gradients ? of_call.take<float>(round_up(std::min(chunk, in_microbatch), 2) * vocab) : nullptr;
-  float* right = gradients ? of_call.take<float>(round_up(std::min(chunk, in_microbatch), 2) * width) : nullptr;
+  const int64_t held = gradients ? even(std::min(chunk, in_microbatch)) : 0;
+  float *left = of_call.fresh().take<float>(held * vocab), *right = of_call.take<float>(held * width);
   for (int64_t microbatch = 0; microbatch < microbatches; ++microbatch)
     for (int64_t begin = 0; begin < in_microbatch; begin += chunk) {
       const int64_t first = microbatch * in_microbatch + begin, rows = std::min(chunk, in_microbatch - begin);

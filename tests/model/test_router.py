@@ -124,6 +124,22 @@ def test_at_a_low_cap_the_best_expert_is_chosen_although_its_gate_ties_with_othe
     assert (routing.probabilities.amax(-1) - routing.probabilities[..., 0] < 1e-3).all()
 
 
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_logits_get_the_gradient_of_their_gate_within_the_cap_and_none_beyond(score: str) -> None:
+    routers, n = routers_of(score=score, top_k=2, temperature_boost=0.0), tokens_of()
+    routing = route(routers, n, state(cap=0.8))
+    direction = torch.randn(routing.gates.shape, generator=torch.Generator().manual_seed(1))
+    (found,) = torch.autograd.grad((routing.gates * direction).sum(), routers.bias)
+    values = (n @ routers.weight[1].T + routers.bias[1]).detach().requires_grad_()
+    capped = values.clamp(-0.8, 0.8)
+    probabilities = torch.softmax(capped, -1) if score == "softmax" else torch.sigmoid(capped)
+    (wanted,) = torch.autograd.grad((probabilities.gather(-1, routing.experts) * direction).sum(), values)
+    torch.testing.assert_close(found[1], wanted.sum((0, 1)))
+    beyond = values.abs() > 0.8
+    assert (wanted[beyond] == 0).all() and 0.1 < beyond.float().mean() < 0.9
+    assert not routing.capped.requires_grad and not routing.choice.requires_grad
+
+
 def test_a_balance_bias_moves_choices_and_leaves_gates_as_they_are() -> None:
     routers, n = routers_of(balance="bias"), tokens_of()
     before = route(routers, n, state())
