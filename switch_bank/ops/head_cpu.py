@@ -34,8 +34,9 @@ def _load_once() -> None:
     torch.library.register_fake("switch_bank::head_losses", _shapes)
 
 
-def _shapes(x: Tensor, weight: Tensor, targets: Tensor, microbatches: int, *options: object) -> tuple[Tensor, ...]:
-    gradients = bool(options[-1])
+def _shapes(
+    x: Tensor, weight: Tensor, targets: Tensor, microbatches: int, cap: float, ignore: int, gradients: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     of_x, of_weight = (len(x), microbatches) if gradients else (0, 0)
     return x.new_empty(len(x)), x.new_empty(of_x, x.shape[1]), x.new_empty(of_weight, *weight.shape)
 
