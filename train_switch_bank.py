@@ -36,6 +36,7 @@ from switch_bank.model.gpt import SwitchBankGPT
 from switch_bank.model.router import RoutingSums
 from switch_bank.model.size import size_table
 from switch_bank.numerics import set_numerics
+from switch_bank.ops import cpu_kernels
 from switch_bank.ops.attention import FLASH_ATTN_INSTALLED, TRITON_WIDTHS, choose_backend
 from switch_bank.optim.groups import QuantileClip, build_optimizers, in_backward_order, parameter_groups, set_rates
 from switch_bank.routing_metrics import RoutingMetrics
@@ -120,6 +121,8 @@ def main(config: Config, world: World) -> None:
 
     # ---- model and optimizers ------------------------------------------------------------------------------------
     set_numerics(device)
+    if device.type == "cpu":
+        cpu_kernels.compile_ahead()
     recorded = config.records_graphs(device)
     launch = CudaGraphs(device) if recorded else directly
     torch.manual_seed(run.seed)

@@ -1,5 +1,6 @@
 """C++ kernels for CPUs with AVX2 or AVX-512: compiled once on a machine, and kept with torch's compiled code."""
 
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -9,12 +10,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import torch
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-HEADER = Path(__file__).with_suffix(".h")  # what the files have in common
+SOURCES = sorted(Path(__file__).parent.glob("*_cpu.cpp"))
+HEADER = Path(__file__).with_suffix(".h")  # what they have in common
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 # Read once: compiled code may not ask.
 CAPABILITY = torch.backends.cpu.get_cpu_capability()
@@ -22,10 +25,29 @@ RUN = platform.system() == "Linux" and CAPABILITY in ("AVX2", "AVX512") and COMP
 BF16 = RUN and CAPABILITY == "AVX512" and torch.cpu._is_avx512_bf16_supported()
 
 
+def compile_ahead() -> list[threading.Thread]:
+    """Begins to compile the kernels that lie in no cache yet, beside what the caller does next. Returns the threads
+    that wait for the compilers: daemons, as a program that ends with an error must not wait for them."""
+    threads = [threading.Thread(target=_compile_quietly, args=(source,), daemon=True) for source in SOURCES if RUN]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
 @functools.cache
 def load(source: Path, advice: str) -> None:
-    """Registers the operators of a C++ file, and compiles it before, in up to 15 s, if this version lies in no cache
-    yet. Raises RuntimeError with `advice` and the compiler's words if it does not compile."""
+    """Registers the operators of a C++ file, which is compiled first if this version lies in no cache yet. Raises
+    RuntimeError with `advice` and the compiler's words if it does not compile."""
+    torch.ops.load_library(str(_compiled(source, advice)))
+
+
+def _compile_quietly(source: Path) -> None:
+    with contextlib.suppress(RuntimeError):  # `load` says it, with advice, where the kernel is wanted
+        _compiled(source, advice="")
+
+
+def _compiled(source: Path, advice: str) -> Path:
+    """The library. Compiling takes some 15 s of a core."""
     torch_folder = Path(torch.__file__).parent
     flags = ["-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-mavx2", "-mfma", "-mf16c"]
     if CAPABILITY == "AVX512":
@@ -38,9 +60,9 @@ def load(source: Path, advice: str) -> None:
     library = Path(cache_dir()) / f"{source.stem}_{key}.so"
     library.parent.mkdir(parents=True, exist_ok=True)
     with open(library.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes one compiles; a lock dies with its process
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes and threads one compiles; a lock dies with its process
         if not library.exists():
-            print(f"compiling {source.name}, once, up to 15 s", file=sys.stderr)
+            print(f"compiling {source.name}, once", file=sys.stderr)
             with tempfile.TemporaryDirectory(dir=library.parent) as folder:
                 built = Path(folder) / library.name
                 assert COMPILER is not None
@@ -49,4 +71,4 @@ def load(source: Path, advice: str) -> None:
                 if done.returncode:
                     raise RuntimeError(f"{COMPILER} does not compile {source.name}; {advice}:\n{done.stderr[-2000:]}")
                 os.replace(built, library)
-    torch.ops.load_library(str(library))
+    return library

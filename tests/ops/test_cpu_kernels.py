@@ -33,3 +33,22 @@ def test_a_kernel_is_compiled_once_and_again_when_what_it_includes_is_another(
         cpu_kernels.load.__wrapped__(source, advice="none")
         libraries.append(len(list(cache.glob("own_*.so"))))
     assert libraries == [1, 1, 2]
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_what_is_compiled_ahead_is_not_compiled_again_and_its_errors_wait(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    good, broken, cache = tmp_path / "good.cpp", tmp_path / "broken.cpp", tmp_path / "cache"
+    good.write_text("int one() { return 1; }")
+    broken.write_text("int main() { return nothing; }")
+    monkeypatch.setattr(cpu_kernels, "SOURCES", [good, broken])
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    for thread in cpu_kernels.compile_ahead():
+        thread.join()
+    assert sorted(capfd.readouterr().err.splitlines()) == ["compiling broken.cpp, once", "compiling good.cpp, once"]
+    cpu_kernels.load.__wrapped__(good, advice="none")
+    assert not capfd.readouterr().err
+    with pytest.raises(RuntimeError, match="does not compile broken.cpp; none"):
+        cpu_kernels.load.__wrapped__(broken, advice="none")
