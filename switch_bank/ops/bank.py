@@ -47,7 +47,7 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, tokens: 
         return "reference"
     if device.type == "cuda" and plain and TRITON_INSTALLED:
         return "triton"
-    return "cpu" if device.type == "cpu" and plain and dtype in bank_cpu.DTYPES else "grouped"
+    return "cpu" if device.type == "cpu" and plain and bank_cpu.takes(dtype) else "grouped"
 
 
 def arrange(backend: str, w1: Tensor, w2: Tensor, dtype: torch.dtype, microbatches: int | None = None) -> Arranged:

@@ -10,7 +10,13 @@ from switch_bank.ops import cpu_kernels
 from switch_bank.ops.arranged import Arranged, GradientSums, collect
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-DTYPES = (torch.float32,) * cpu_kernels.RUN + (torch.bfloat16,) * cpu_kernels.BF16
+DTYPES = (torch.float32,) * cpu_kernels.RUN + (torch.bfloat16,) * cpu_kernels.BF16  # that the kernel multiplies
+
+
+def takes(dtype: torch.dtype) -> bool:
+    """Whether the kernel runs here for activations of `dtype`. A CPU without units for bfloat16 multiplies its numbers
+    in float32, which holds their products whole."""
+    return cpu_kernels.RUN and dtype in (torch.float32, torch.bfloat16)
 
 
 def arrange(w1: Tensor, w2: Tensor, dtype: torch.dtype, microbatches: int | None = None) -> Arranged:
@@ -18,8 +24,9 @@ def arrange(w1: Tensor, w2: Tensor, dtype: torch.dtype, microbatches: int | None
     `ops.microbatches`; gradients are float64 then where the `grad_dtype` of w1 and w2 allows that."""
     _load()
     sums = GradientSums(w1.detach(), w2.detach(), microbatches)
-    w1_forward, w1_backward = torch.ops.switch_bank.bank_arrange(w1.detach(), dtype)
-    w2_forward, w2_backward = torch.ops.switch_bank.bank_arrange(w2.detach(), dtype)
+    multiplied = dtype if dtype in DTYPES else torch.float32
+    w1_forward, w1_backward = torch.ops.switch_bank.bank_arrange(w1.detach(), multiplied)
+    w2_forward, w2_backward = torch.ops.switch_bank.bank_arrange(w2.detach(), multiplied)
     link = collect(w1, w2, sums)
     return Arranged("cpu", w1_forward, w1_backward, w2_forward, w2_backward, link, sums, slice(0, len(w1)))
 
@@ -27,16 +34,18 @@ def arrange(w1: Tensor, w2: Tensor, dtype: torch.dtype, microbatches: int | None
 def expert_ffn(
     x: Tensor, matrices: Arranged, scale: Tensor | None, bias: Tensor | None, experts: Tensor, gates: Tensor
 ) -> Tensor:
-    """`ops.bank.expert_ffn` without LoRA: x [N, D] of the matrices' dtype; scale and bias [E, D] float32 or, per
-    microbatch, [M, E, D], or None; experts [N, K] int64; gates [N, K]. Returns [N, D]."""
+    """`ops.bank.expert_ffn` without LoRA: x [N, D] of the dtype that the matrices are arranged for; scale and bias
+    [E, D] float32 or, per microbatch, [M, E, D], or None; experts [N, K] int64; gates [N, K]. Returns [N, D]."""
     if scale is None or bias is None:
         scale = bias = x.new_empty(0, dtype=torch.float32)
-    x, gates, experts = x.contiguous(), gates.float().contiguous(), experts.contiguous()
-    scale, bias = scale.float().contiguous(), bias.float().contiguous()
+    rows, experts = x.to(matrices.w1.dtype).contiguous(), experts.contiguous()
+    gates, scale, bias = (part.float().contiguous() for part in (gates, scale, bias))
     if torch.is_grad_enabled():
-        return _ExpertFfn.apply(x, gates, scale, bias, matrices.link, experts, matrices)
-    own = matrices.w1, matrices.w2, matrices.sums.microbatches
-    return torch.ops.switch_bank.bank_forward(x, experts, gates, scale, bias, *own, False)[0]
+        y = _ExpertFfn.apply(rows, gates, scale, bias, matrices.link, experts, matrices)
+    else:
+        own = matrices.w1, matrices.w2, matrices.sums.microbatches
+        y = torch.ops.switch_bank.bank_forward(rows, experts, gates, scale, bias, *own, False)[0]
+    return y.to(x.dtype)
 
 
 class _ExpertFfn(torch.autograd.Function):
