@@ -22,7 +22,7 @@ from switch_bank.ops.attention import BLOCK, build_mask, choose_backend, ring_ma
 from switch_bank.ops.bank import ARRANGED, MANY
 from switch_bank.ops.head import IGNORE, chunked_head_losses, soft_cap
 from switch_bank.ops.microbatches import lookup, per_microbatch, scaled
-from switch_bank.ops.noise import gumbel
+from switch_bank.ops.noise import gumbel, gumbel_keys
 from switch_bank.schedules import StepState, step_state
 
 SKIPS = {9: 6, 10: 4, 11: 2}  # U-net skips: layer -> the earlier layer whose output it gets
@@ -246,8 +246,8 @@ class SwitchBankGPT(nn.Module):
         # After `begin`, so that a backward finishes their gradients before those of the tables.
         of_layers = self.of_layers(x.dtype, tokens.numel(), microbatches) if past is None else past.weights
         bank, scalars, routers = of_layers
-        layer_index = torch.arange(config.layers, device=tokens.device).unbind()
         noise = None
+        keys = None if seed is None or slices is None else gumbel_keys(seed, state.step, slices, config.layers).unbind()
         if self.training and routers is not None:
             noise = torch.zeros(*tokens.shape, config.experts, device=tokens.device)  # a step without noise adds this
         outputs: list[Tensor] = []
@@ -264,8 +264,8 @@ class SwitchBankGPT(nn.Module):
             if routers is None:
                 x = self.dense_block(x, inputs, bank[layer])
             else:
-                if seed is not None and slices is not None:
-                    noise = self.noise(seed, state, slices, tokens.shape[1], layer_index[layer])
+                if keys is not None:
+                    noise = self.noise(keys[layer], tokens.shape[1])
                 context: Tensor | Group
                 if layer % config.ema_stride == 0:
                     sums = None if past is None else past.sums[layer // config.ema_stride]
@@ -349,9 +349,9 @@ class SwitchBankGPT(nn.Module):
         emas = emas_of(group.documents, self.config, group.sums)
         return self.routers.context_logits(n, emas, group.documents.flags, group.routers)
 
-    def noise(self, seed: Tensor, state: StepState, slices: Tensor, tokens: int, layer: Tensor) -> Tensor:
-        """The Gumbel noise of one layer's choices, [B, tokens, E]."""
-        return gumbel(seed, state.step, slices, tokens, layer, self.config.experts)
+    def noise(self, keys: Tensor, tokens: int) -> Tensor:
+        """The Gumbel noise of one layer's choices, [B, tokens, E], from the layer's keys [B]."""
+        return gumbel(keys, tokens, self.config.experts)
 
     def feed_forward(self, x: Tensor, n: Tensor, experts: Experts, chosen: Tensor, gates: Tensor) -> Tensor:
         """x plus the bank's output."""

@@ -18,12 +18,20 @@ def mix(x: Tensor) -> Tensor:
     return x ^ (x >> 15)
 
 
-def gumbel(seed: Tensor | int, step: Tensor, slices: Tensor, tokens: int, layer: Tensor | int, experts: int) -> Tensor:
-    """Gumbel(0, 1) draws [B, tokens, experts] in float32; seed, step: 0-dim; slices: [B] int64, indices in the step."""
+def gumbel_keys(seed: Tensor | int, step: Tensor, slices: Tensor, layers: int) -> Tensor:
+    """What each layer's draws begin with, [layers, B] int64; seed, step: 0-dim; slices: [B] int64, indices in the step.
+
+    Not to be compiled: Inductor traces a value once more for each of its uses, and a hash uses its input eight times.
+    The four hashes here and the two of a draw, in one graph, kept it busy for 25 s."""
     device = slices.device
     of_slice = mix(mix(step.long() + mix(torch.as_tensor(seed, device=device))) + slices)
-    of_token = mix(mix(of_slice + layer)[:, None] + torch.arange(tokens, device=device))
-    bits = mix(of_token[..., None] + torch.arange(experts, device=device))
+    return mix(of_slice + torch.arange(layers, device=device)[:, None])
+
+
+def gumbel(keys: Tensor, tokens: int, experts: int) -> Tensor:
+    """Gumbel(0, 1) draws [B, tokens, experts] in float32 from one layer's keys [B]."""
+    of_token = mix(keys[:, None] + torch.arange(tokens, device=keys.device))
+    bits = mix(of_token[..., None] + torch.arange(experts, device=keys.device))
     # 23 bits and a half fit float32 exactly, so that a draw is never 0 or 1.
     uniform = ((bits >> 9).float() + 0.5) * 2.0**-23
     # log1p: compiled for a GPU, log is an approximation that may round log(1 - 2^-24) to 0, and the draw to infinity.

@@ -9,16 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from switch_bank.ops.noise import gumbel, mix
+from switch_bank.ops.noise import gumbel, gumbel_keys, mix
 
 TOKENS, EXPERTS = 64, 8
 
 
 def draws(
-    seed: int = 1, step: int = 500, slices: list[int] | range = range(2), layer: int = 3,
+    seed: int | Tensor = 1, step: int = 500, slices: list[int] | range = range(2), layer: int = 3,
     tokens: int = TOKENS, experts: int = EXPERTS,
 ) -> Tensor:  # fmt: skip
-    return gumbel(seed, torch.tensor(float(step)), torch.tensor(list(slices)), tokens, layer, experts)
+    keys = gumbel_keys(seed, torch.tensor(float(step)), torch.tensor(list(slices)), layers=layer + 1)
+    return gumbel(keys[layer], tokens, experts)
 
 
 def correlation(a: Tensor, b: Tensor) -> float:
@@ -55,7 +56,9 @@ def test_draws_do_not_depend_on_which_slices_go_together(order: list[int], cut: 
     assert torch.equal(torch.cat(apart), together[order])
 
 
-def test_draws_do_not_depend_on_how_many_tokens_or_experts_there_are() -> None:
+def test_draws_do_not_depend_on_how_many_layers_tokens_or_experts_there_are() -> None:
+    step, slices = torch.tensor(3.0), torch.arange(5)
+    assert torch.equal(gumbel_keys(1, step, slices, layers=2), gumbel_keys(1, step, slices, layers=9)[:2])
     assert torch.equal(draws(tokens=7), draws()[:, :7])
     assert torch.equal(draws(experts=3), draws()[..., :3])
 
@@ -71,9 +74,8 @@ def test_draws_leave_the_global_generators_alone() -> None:
 
 
 def test_a_seed_in_a_tensor_draws_the_same_as_its_number() -> None:
-    step, slices = torch.tensor(500.0), torch.arange(2)
     for seed in (0, 7, 2**31 - 1):
-        assert torch.equal(draws(seed), gumbel(torch.tensor(seed), step, slices, TOKENS, 3, EXPERTS))
+        assert torch.equal(draws(seed), draws(torch.tensor(seed)))
 
 
 @pytest.mark.parametrize(
@@ -154,7 +156,7 @@ def test_every_draw_is_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     # All words that a hash may end in, at both ends of their range.
     ends = torch.cat([torch.arange(4096), 2**32 - 1 - torch.arange(4096)])
     monkeypatch.setattr("switch_bank.ops.noise.mix", lambda x: ends[:, None] if x.dim() == 3 else x)
-    extreme = gumbel(0, torch.tensor(0.0), torch.zeros(1, dtype=torch.int64), 1, 0, 1)
+    extreme = gumbel(torch.zeros(1, dtype=torch.int64), tokens=1, experts=1)
     assert torch.isfinite(extreme).all()
     assert extreme.min().item() == pytest.approx(-math.log(24 * math.log(2)), rel=1e-6)
     assert extreme.max().item() == pytest.approx(24 * math.log(2), rel=1e-6)
@@ -163,6 +165,5 @@ def test_every_draw_is_finite(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_draws_are_the_same(backend: str) -> None:
     compiled = torch.compile(gumbel, fullgraph=True, backend=backend)
-    step, slices = torch.tensor(11.0), torch.tensor([5, 1])
-    got = compiled(9, step, slices, 40, 2, 6)
-    torch.testing.assert_close(got, gumbel(9, step, slices, 40, 2, 6), rtol=1e-5, atol=1e-5)
+    keys = gumbel_keys(9, torch.tensor(11.0), torch.tensor([5, 1]), layers=3)[2]
+    torch.testing.assert_close(compiled(keys, 40, 6), gumbel(keys, 40, 6), rtol=1e-5, atol=1e-5)
