@@ -247,7 +247,9 @@ class SwitchBankGPT(nn.Module):
         of_layers = self.of_layers(x.dtype, tokens.numel(), microbatches) if past is None else past.weights
         bank, scalars, routers = of_layers
         noise = None
-        keys = None if seed is None or slices is None else gumbel_keys(seed, state.step, slices, config.layers).unbind()
+        noise_keys = None
+        if seed is not None and slices is not None:
+            noise_keys = gumbel_keys(seed, state.step, slices, config.layers)
         if self.training and routers is not None:
             noise = torch.zeros(*tokens.shape, config.experts, device=tokens.device)  # a step without noise adds this
         outputs: list[Tensor] = []
@@ -264,8 +266,8 @@ class SwitchBankGPT(nn.Module):
             if routers is None:
                 x = self.dense_block(x, inputs, bank[layer])
             else:
-                if keys is not None:
-                    noise = self.noise(keys[layer], tokens.shape[1])
+                if noise_keys is not None:
+                    noise = self.noise(noise_keys[layer], tokens.shape[1])
                 context: Tensor | Group
                 if layer % config.ema_stride == 0:
                     sums = None if past is None else past.sums[layer // config.ema_stride]
