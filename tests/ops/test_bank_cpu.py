@@ -40,7 +40,7 @@ def test_layers_that_share_the_experts_add_up_their_gradients_once() -> None:
         torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", bank_cpu.DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("tokens", "experts", "top_k"), [(9000, 2, 1), (37, 5, 2), (1, 3, 1), (130, 64, 3)])
 def test_a_microbatch_gets_the_gradients_that_it_would_get_alone(
     dtype: torch.dtype, tokens: int, experts: int, top_k: int
