@@ -246,9 +246,8 @@ class SwitchBankGPT(nn.Module):
         # After `begin`, so that a backward finishes their gradients before those of the tables.
         of_layers = self.of_layers(x.dtype, tokens.numel(), microbatches) if past is None else past.weights
         bank, scalars, routers = of_layers
-        noise = None
-        noise_keys = None
-        if seed is not None and slices is not None:
+        noise = noise_keys = None
+        if seed is not None and slices is not None and routers is not None:
             noise_keys = gumbel_keys(seed, state.step, slices, config.layers)
         if self.training and routers is not None:
             noise = torch.zeros(*tokens.shape, config.experts, device=tokens.device)  # a step without noise adds this
